@@ -1,0 +1,285 @@
+"""Put a plan's factors on a model through PEFT, so that at step 0 nothing changes.
+
+Two forms of the same mathematics. `intact`: the base weights stay and each layer computes
+W x + s (B A - B0 A0) x with frozen initial factors B0, A0. `residual` (the papers' form): W' = W - s B A replaces W.
+Either way the model saves itself as a plain LoRA of rank 2r on the original base, [A; A0] and [B, -B0], which every
+PEFT tool loads as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from corda.errors import AdapterError
+from corda.plan.plan import Plan
+from corda.recipe import Base
+
+TRAINED = "default"
+INITIAL = "initial"
+
+
+class Difference(LoraVariant):  # type: ignore[misc]
+    """PEFT forward of the intact form: the two products are subtracted before they meet W x.
+
+    At step 0 both are the same bits, so their difference is exactly zero in any dtype; and dropout draws one mask for
+    both.
+    """
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to set up: the initial factors are an adapter of their own."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        x = module.lora_dropout[active_adapter](x)
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        start = module.lora_B[INITIAL](module.lora_A[INITIAL](x))
+        out: Tensor = result + (now - start) * module.scaling[active_adapter]
+        return out
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """orig_weight + s (B A - B0 A0), in the layer's own layout."""
+        delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
+        return orig_weight + delta.to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same in place."""
+        delta = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
+        orig_weight.data += delta.to(orig_weight.dtype)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Take the merged difference out again."""
+        delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
+        return orig_weight - delta.to(orig_weight.dtype)
+
+
+class _ExactSaving:
+    """Mixed into a PeftModel class: what is saved is a plain LoRA on the original base, and loads back for resuming."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """As PeftModel.save_pretrained; the trained adapter is written with its start subtracted, rank 2r."""
+        names = selected_adapters or [name for name in self.peft_config if name != INITIAL]  # type: ignore[attr-defined]
+        super().save_pretrained(str(save_directory), selected_adapters=names, **kwargs)  # type: ignore[misc]
+        if TRAINED in names and kwargs.get("is_main_process", True):
+            config, state = plain_lora(self, kwargs.get("state_dict"))
+            save_file(state, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            config.save_pretrained(str(save_directory))
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PeftModel.load_adapter; a folder saved by this class restores the trained half of its factors."""
+        path = Path(model_id) / SAFETENSORS_WEIGHTS_NAME
+        if adapter_name == TRAINED and path.is_file():
+            return restore(self, load_file(path), str(model_id))
+        return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+
+def attach(model: PreTrainedModel, plan: Plan, *, base: Base | None = None, seed: int = 0) -> PeftModel:
+    """Wrap a model in PEFT with the plan's factors; the logits stay those of the model.
+
+    Args:
+        model: The model that the plan was made for. PEFT replaces its target layers in place; with `residual` their
+            weights change too.
+        plan: From `make_plan`.
+        base: "intact" or "residual"; default: the plan's own option.
+        seed: For plain LoRA's random start.
+
+    Returns:
+        A PeftModel in the mode (train/eval) of `model`, the trained adapter named "default".
+
+    Raises:
+        AdapterError: a layer is missing or has another shape, or dropout with `residual`.
+    """
+    form = base or plan.options.base
+    _check_fits(model, plan)
+    if plan.mode != "lora" and form == "residual" and plan.options.lora_dropout > 0:
+        raise AdapterError(
+            "dropout with a residual base changes the model from the first step on",
+            where="adapter.lora_dropout",
+            got=plan.options.lora_dropout,
+            fix="set it to 0, or use base: intact",
+        )
+    config = lora_config(model, plan)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    if plan.mode == "lora":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(model, config)
+    wrapped: PeftModel = _exact(cls)(model, config)
+    wrapped.add_adapter(INITIAL, copy.deepcopy(config))
+    for layer in plan.layers:
+        module = wrapped.base_model.model.get_submodule(layer.name)
+        A, B = plan.factors[layer.name]
+        with torch.no_grad():
+            for name in (TRAINED, INITIAL):
+                module.lora_A[name].weight.copy_(A)
+                module.lora_B[name].weight.copy_(B)
+            if form == "residual":
+                module.base_layer.weight -= module.get_delta_weight(INITIAL).to(module.base_layer.weight.dtype)
+            else:
+                module.lora_variant[TRAINED] = Difference()
+    wrapped.train(model.training)
+    return wrapped
+
+
+def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
+    """PEFT's config of a plan: uniform where the ranks are, patterns by full dotted name where not."""
+    ranks = {layer.name: layer.rank for layer in plan.layers}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    options = plan.options
+    root = r**0.5 if options.use_rslora else r
+    return LoraConfig(
+        task_type=_task_type(model),
+        r=r,
+        lora_alpha=_whole(plan.scaling(r) * root),
+        use_rslora=options.use_rslora,
+        lora_dropout=options.lora_dropout,
+        target_modules=target_names(model, list(ranks)),
+        rank_pattern={_exact_key(model, name): rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={
+            _exact_key(model, name): _whole(plan.scaling(rank) * (rank**0.5 if options.use_rslora else rank))
+            for name, rank in ranks.items()
+            if rank != r
+        },
+        init_lora_weights=plan.mode == "lora",
+        base_model_name_or_path=getattr(model, "name_or_path", None),
+    )
+
+
+def plain_lora(
+    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The adapter as a plain LoRA of rank 2r on the original base: [A; A0], [B, -B0].
+
+    Args:
+        model: From `attach`, in KPM or IPM.
+        state_dict: Gathered weights, for a sharded model.
+    """
+    now = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=TRAINED)
+    start = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=INITIAL)
+    state = {}
+    for key, tensor in now.items():
+        if ".lora_A." in key:
+            state[key] = torch.cat([tensor, start[key]], dim=0).contiguous()
+        elif ".lora_B." in key:
+            state[key] = torch.cat([tensor, -start[key]], dim=1).contiguous()
+        else:
+            state[key] = tensor
+    config = copy.deepcopy(model.peft_config[TRAINED])
+    growth = 2**0.5 if config.use_rslora else 2
+    config.r *= 2
+    config.lora_alpha = _whole(config.lora_alpha * growth)
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: _whole(alpha * growth) for key, alpha in config.alpha_pattern.items()}
+    config.init_lora_weights = True
+    config.inference_mode = True
+    return config, state
+
+
+def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
+    """Set the trained factors from a plain LoRA that `plain_lora` made of the same start.
+
+    Raises:
+        AdapterError: other layers, other shapes, or another start.
+    """
+    start = get_peft_model_state_dict(model, adapter_name=INITIAL)
+    own = model.state_dict()
+    for key, initial in start.items():
+        is_A = ".lora_A." in key
+        tensor = saved.get(key)
+        r = initial.shape[0 if is_A else 1]
+        if tensor is None or tensor.shape[0 if is_A else 1] != 2 * r:
+            raise AdapterError("the checkpoint does not fit the plan", where=f"{where}, {key}", fix="train anew")
+        trained, frozen = torch.split(tensor, r, dim=0 if is_A else 1)
+        if not torch.equal(frozen.to(initial), initial if is_A else -initial):
+            raise AdapterError("the checkpoint starts from other factors", where=f"{where}, {key}", fix="train anew")
+        target = own[key.replace(".weight", f".{TRAINED}.weight")]
+        target.copy_(trained.to(target))
+
+
+def relative_difference(now: Tensor, reference: Tensor) -> float:
+    """max |now - reference| / max |reference|, for logits of equal shape."""
+    return float((now.float() - reference.float()).abs().max() / reference.float().abs().max())
+
+
+def target_names(model: nn.Module, names: Sequence[str]) -> list[str] | str:
+    """The shortest target_modules by which PEFT matches these layers of the model and no others."""
+    wanted = set(names)
+    everything = [name for name, module in model.named_modules() if name]
+    for candidate in (sorted({name.rpartition(".")[2] for name in names}), sorted(wanted)):
+        matched = {n for n in everything if any(n == c or n.endswith("." + c) for c in candidate)}
+        if matched == wanted:
+            return candidate
+    return "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _exact_key(model: nn.Module, name: str) -> str:
+    clash = any(other.endswith("." + name) for other, _ in model.named_modules())
+    return f"^{re.escape(name)}" if clash else name
+
+
+@functools.cache
+def _exact(cls: type[PeftModel]) -> type[PeftModel]:
+    return type(f"Corda{cls.__name__}", (_ExactSaving, cls), {"__doc__": cls.__doc__})
+
+
+def _task_type(model: nn.Module) -> str:
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if name.endswith("ForTokenClassification"):
+        return "TOKEN_CLS"
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    can_generate = getattr(model, "can_generate", None)
+    return "CAUSAL_LM" if callable(can_generate) and can_generate() else "FEATURE_EXTRACTION"
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
+    if isinstance(model, PeftModel):
+        raise AdapterError("the model carries an adapter already", got=type(model).__name__, expected="the base model")
+    known = _modules(model, [layer.name for layer in plan.layers])
+    for layer in plan.layers:
+        module = known.get(layer.name)
+        if module is None:
+            raise AdapterError("a layer of the plan is not in the model", where=layer.name, fix="plan for this model")
+        spec = layer.kind if layer.kind in {"linear", "conv1d"} else "linear"
+        shape = tuple(module.weight.T.shape if spec == "conv1d" else module.weight.shape)
+        if shape != (layer.d_out, layer.d_in):
+            raise AdapterError(
+                "a layer of the plan has another shape in the model",
+                where=layer.name,
+                got=shape,
+                expected=(layer.d_out, layer.d_in),
+                fix="plan for this model",
+            )
+
+
+def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    wanted = set(names)
+    return {name: module for name, module in model.named_modules() if name in wanted}

@@ -1,0 +1,298 @@
+"""Artifacts: a folder per stage with safetensors, JSON and a manifest, written whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from corda.errors import ArtifactError, ResourceError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_PACKAGES = ("corda-adapt", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its folder and manifest.
+
+    Attributes:
+        folder: Where its files lie.
+        kind: Which stage wrote it, e.g. "context".
+        fingerprint: Hash of everything the content depends on.
+        manifest: The whole manifest (schema, kind, fingerprint, parents, files, provenance, and the stage's own).
+    """
+
+    folder: Path
+    kind: str
+    fingerprint: str
+    manifest: Mapping[str, Any]
+
+    def path(self, name: str) -> Path:
+        """Full path of one of its files."""
+        return self.folder / name
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash JSON-compatible parts; key order does not matter. 16 hex digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine and time that a result was made with; no path and no host name."""
+    import torch
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": versions,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
+    """Hold a run's folder, locked against other processes.
+
+    Args:
+        folder: Created where it does not exist.
+        identity: What makes it this run's; kept in its run.json.
+
+    Raises:
+        ArtifactError: the folder is another run's, holds something else, or is in use.
+        ResourceError: no space, or it cannot be written.
+    """
+    owner = folder / "run.json"
+    if folder.is_dir() and any(folder.iterdir()):
+        if not owner.is_file():
+            raise ArtifactError(
+                "output_dir holds files that are not a run's", where=str(folder), fix="name another output_dir"
+            )
+        other = json.loads(owner.read_text(encoding="utf-8"))
+        changed = [key for key in identity if other.get(key) != identity[key]]
+        if changed:
+            raise ArtifactError(
+                "output_dir belongs to another run",
+                where=str(folder),
+                got=", ".join(f"{key} {other.get(key)!r}" for key in changed),
+                expected=", ".join(f"{key} {identity[key]!r}" for key in changed),
+                fix="name another output_dir",
+            )
+    need_disk(folder, 1 << 20)
+    make_folder(folder)
+    write_json(owner, dict(identity))
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtifactError("output_dir is in use by another process", where=str(folder)) from None
+        for leftover in folder.glob(".*"):  # of killed processes
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def need_disk(folder: Path, size: int) -> None:
+    """Refuse early when a write of `size` bytes cannot fit.
+
+    Raises:
+        ResourceError: with the free and the needed space.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < size * 1.05 + (1 << 20):
+        raise ResourceError(
+            "not enough disk space",
+            where=str(folder),
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"about {size / 1e9:.2f} GB",
+            fix="free some space or set output_dir to another disk",
+        )
+
+
+@contextmanager
+def writing(
+    folder: Path,
+    kind: str,
+    fingerprint: str,
+    parents: Mapping[str, str] | None = None,
+    size: int = 0,
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write an artifact atomically: yields (temporary folder, dict of manifest fields to add to).
+
+    The folder appears under its own name only when the body ended without an exception, with every file hashed
+    in its manifest and on disk; until then a reader sees the old artifact or none.
+
+    Args:
+        folder: Final place; an older artifact there is replaced at the end.
+        kind: Stage name.
+        fingerprint: Of everything the content depends on.
+        parents: Fingerprints of the artifacts it was made from, by kind.
+        size: Bytes expected, checked against the free disk first.
+
+    Raises:
+        ResourceError: no space, or the place cannot be written.
+    """
+    need_disk(folder, size)
+    make_folder(folder.parent)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ResourceError("the output folder cannot be written", where=str(folder.parent), got=error) from None
+    extra: dict[str, Any] = {}
+    try:
+        yield temporary, extra
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "fingerprint": fingerprint,
+            "parents": dict(parents or {}),
+            "files": {
+                str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files
+            },
+            "provenance": provenance(),
+            **extra,
+        }
+        write_json(temporary / MANIFEST, manifest)
+        for path in [*files, temporary / MANIFEST]:
+            _sync(path)
+        _replace(temporary, folder)
+    except OSError as error:
+        if error.errno == 28:
+            raise ResourceError("the disk is full", where=str(folder), fix="free some space and run again") from None
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
+    """Open an artifact and check that it is whole.
+
+    Raises:
+        ArtifactError: none there, of another kind or schema, or a file that is missing or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"there is no {kind} here", where=str(folder), fix=f"run the {kind} stage") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise _corrupt(folder, MANIFEST, "its manifest is not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
+        found = manifest.get("kind", "nothing of ours") if isinstance(manifest, dict) else "nothing of ours"
+        raise ArtifactError(
+            "a foreign artifact lies here",
+            where=str(folder),
+            got=f"{found}, schema {manifest.get('schema') if isinstance(manifest, dict) else None}",
+            expected=f"{kind}, schema {SCHEMA}",
+            fix="name another output_dir, or remove the folder",
+        )
+    if verify:
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                raise _corrupt(folder, name, "is missing or of another size")
+            if file_hash(path) != facts["sha256"]:
+                raise _corrupt(folder, name, "was changed after it was written")
+    return Artifact(folder, kind, manifest["fingerprint"], manifest)
+
+
+def reusable(folder: Path, kind: str, fingerprint: str) -> Artifact | None:
+    """The artifact at `folder` if it is whole and has this fingerprint, None if there is none or it is outdated.
+
+    Raises:
+        ArtifactError: the folder holds something corrupted or foreign, which is never silently overwritten.
+    """
+    if not folder.exists():
+        return None
+    artifact = read(folder, kind)
+    return artifact if artifact.fingerprint == fingerprint else None
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            "the output folder cannot be written", where=str(folder), got=error, fix="set output_dir to another place"
+        ) from None
+
+
+def copy(found: Artifact, folder: Path) -> Artifact:
+    """The same artifact at another place."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    shutil.copytree(found.folder, temporary, dirs_exist_ok=True)
+    _replace(temporary, folder)
+    return read(folder, found.kind, verify=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, in one fixed layout, so that equal values are equal bytes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _corrupt(folder: Path, name: str, what: str) -> ArtifactError:
+    return ArtifactError(
+        f"a corrupted artifact: {name} {what}", where=str(folder), fix=f"remove {folder.name} and run the stage again"
+    )
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        folder.replace(old / folder.name)
+        temporary.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

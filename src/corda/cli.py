@@ -1,0 +1,235 @@
+"""The command line: one verb a stage, recipe file first."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from corda import __version__
+from corda.errors import CordaError
+from corda.progress import shown
+from corda.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from corda.pipeline import Stages
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
+)
+_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+_debug = False
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override, e.g. --set adapter.rank=32", metavar="KEY=VALUE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON only")]
+
+
+def main() -> None:
+    """Console script: exit code 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
+    try:
+        app(standalone_mode=False)
+    except CordaError as error:
+        if _debug:
+            raise
+        _errors.print(f"[bold red]Error[/] {type(error).__name__}:", end=" ")
+        _errors.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _errors.print("Interrupted. Finished stages are kept: run the same command again to continue.")
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            _errors.print(f"[bold red]Error[/] {error.format_message()}")
+            sys.exit(2)
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks")] = False,
+) -> None:
+    """Fine-tune language models without making them forget."""
+    global _debug  # noqa: PLW0603
+    _debug = debug
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and layers; load no weights")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Everything: collect, plan, train, evaluate, export, report."""
+    parsed = _load(recipe, set_)
+    if dry_run:
+        _print(_check(parsed), as_json)
+        return
+    from corda import pipeline
+
+    _quiet()
+    results = pipeline.run(parsed, progress=shown)
+    if as_json:
+        _print(results, True)
+        return
+    _print_table([results])
+    _say(parsed)
+
+
+@app.command()
+def collect(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Collect the covariances of the layers' inputs."""
+    with _opened(recipe, set_) as stages:
+        context = stages.context()
+        if context is None:
+            _print({"context": None, "why": "mode lora needs none"}, as_json)
+            return
+        summary = {
+            "layers": len(context.layers),
+            "distinct_inputs": len(context.tokens),
+            "tokens": max(context.tokens.values()),
+            "warnings": list(context.warnings),
+            "folder": str(context.folder),
+        }
+        _print(summary, as_json)
+
+
+@app.command()
+def plan(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Decompose the layers: ranks, spectra and initial factors."""
+    with _opened(recipe, set_) as stages:
+        made = stages.plan().as_json()
+        _print(
+            made if as_json else {k: v for k, v in made.items() if k != "layers"} | {"layers": len(made["layers"])},
+            as_json,
+        )
+
+
+@app.command()
+def train(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the adapter."""
+    with _opened(recipe, set_) as stages:
+        found = stages.trained()
+        curve = json.loads(found.path("curve.json").read_text(encoding="utf-8"))
+        _print(
+            {"folder": str(found.folder), "step0": found.manifest["step0"], "last_loss": curve["loss"][-1:]}, as_json
+        )
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the base and the trained model."""
+    with _opened(recipe, set_) as stages:
+        scores = {"before": stages.before().as_json()["values"], "after": stages.after().as_json()["values"]}
+        _print(scores, as_json)
+
+
+@app.command()
+def export(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Write the adapter as other tools load it, and check it after reload."""
+    with _opened(recipe, set_) as stages:
+        done = stages.exported()
+        _print({k: v for k, v in done.items() if k not in {"costs", "sha256", "fingerprint"}}, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One recipe, or the folders of finished runs", metavar="RECIPE|RUN...")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; default: in the first run")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the HTML page of a run, or of several side by side."""
+    from corda.pipeline import RESULTS
+    from corda.report.page import write_page
+
+    if len(runs) == 1 and runs[0].is_file():
+        with _opened(runs[0], None) as stages:
+            stages.report()
+        runs = [stages.folder]
+    missing = [folder for folder in runs if not (folder / RESULTS).is_file()]
+    if missing:
+        raise CordaError("there is no finished run here", where=str(missing[0]), fix="run the recipe first")
+    page = output or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_page(runs, page)
+    _print({"page": str(page)}, as_json)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
+    set_: Overrides = None,
+) -> None:
+    """Train plain LoRA and CorDA on built-in data and show what each learnt and forgot."""
+    from corda.demo.run import demonstrate
+
+    _quiet()
+    results, page = demonstrate(output_dir, seed, set_ or [], shown)
+    _print_table(results)
+    Console().print(f"Report: {page}", soft_wrap=True)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    return load_recipe(path, overrides or [])
+
+
+def _check(recipe: Recipe) -> dict[str, Any]:
+    from corda.inputs import Inputs
+
+    return Inputs(recipe).check()
+
+
+def _opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[Stages]:
+    from corda import pipeline
+
+    _quiet()
+    return pipeline.opened(_load(path, overrides), shown)
+
+
+def _quiet() -> None:
+    """No bars or notices of the libraries below where nobody watches."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _print(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+        return
+    for key, item in value.items():
+        text = json.dumps(item, ensure_ascii=False) if isinstance(item, dict | list) else str(item)
+        typer.echo(f"{key}: {text}")
+
+
+def _print_table(results: list[dict[str, Any]]) -> None:
+    from corda.report.table import scores_table
+
+    Console().print(scores_table(results))
+
+
+def _say(recipe: Recipe) -> None:
+    console = Console(soft_wrap=True)
+    console.print(f"Adapter: {recipe.output_dir / 'adapter'}")
+    console.print(f"Report:  {recipe.output_dir / 'report.html'}")

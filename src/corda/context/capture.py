@@ -1,0 +1,124 @@
+"""Hooks that feed layer inputs to accumulators, undone on any exit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corda.context.accumulator import Accumulator
+from corda.errors import CalibrationError
+from corda.targets import LayerSpec
+
+
+class Capture:
+    """Accumulators for the distinct inputs of a set of layers.
+
+    Layers that are handed the very same tensor one after the other (q/k/v, gate/up) form a group with one
+    accumulator under the first one's name. Groups are fixed by the first forward pass that reaches a layer and
+    verified on every later one.
+
+    Attributes:
+        groups: Layer name -> group name, for every layer that was reached.
+        accumulators: Group name -> its sums.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec]) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.groups: dict[str, str] = {}
+        self.accumulators: dict[str, Accumulator] = {}
+        self._counts: Tensor | None = None
+        self._last: Tensor | None = None  # a strong reference: the id of a freed tensor may return
+        self._last_group = ""
+
+    @contextmanager
+    def batch(self, counts: Tensor) -> Iterator[None]:
+        """Say which tokens count, (B, L) bool, for the forward passes inside."""
+        self._counts = counts
+        try:
+            yield
+        finally:
+            self._counts = self._last = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Take the input x of layer `name`, (..., d_in).
+
+        Raises:
+            CalibrationError: its leading shape is not the batch's, or the layer changed its group.
+        """
+        group = self._last_group if x is self._last else name
+        if self.groups.setdefault(name, group) != group:
+            raise CalibrationError(
+                "a layer shares its input with others in some forward passes only",
+                where=name,
+                got=f"the input of {group}",
+                expected=f"the input of {self.groups[name]}",
+                fix="leave the layer out of target_modules",
+            )
+        if group != name:
+            return
+        self._last, self._last_group = x, name
+        accumulator = self.accumulators.get(name)
+        if accumulator is None:
+            accumulator = self.accumulators[name] = Accumulator(self.layers[name].d_in, x.device)
+        accumulator.add(self._counted(name, x))
+
+    def check_finite(self) -> None:
+        """Raise if any sum is not finite.
+
+        Raises:
+            CalibrationError: names the layers that take the offending input.
+        """
+        bad = [group for group, a in self.accumulators.items() if not a.finite()]
+        if bad:
+            raise CalibrationError(
+                "activations are not finite",
+                where=f"the input of {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
+                got="NaN or Inf",
+                fix="load the model in float32 or bfloat16, and check the data and the weights",
+            )
+
+    def _counted(self, name: str, x: Tensor) -> Tensor:
+        counts = self._counts
+        if counts is None:
+            raise CalibrationError("a forward pass outside of a batch", where=name)
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if flat.shape[0] != counts.numel():
+            raise CalibrationError(
+                "cannot tell which of a layer's inputs are tokens",
+                where=name,
+                got=f"input of shape {tuple(x.shape)}",
+                expected=f"leading shape {tuple(counts.shape)}",
+                fix="leave the layer out of target_modules",
+            )
+        mask = counts.reshape(-1).to(flat.device)
+        return flat if bool(mask.all()) else flat[mask]
+
+
+@contextmanager
+def hooked(model: nn.Module, capture: Capture) -> Iterator[nn.Module]:
+    """Hook the layers of `capture`, put the model in eval mode without gradients, undo both on any exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    handles = []
+
+    def hook_of(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            capture.see(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    try:
+        for name in capture.layers:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,171 @@
+"""Run the calibration set through the model and keep one covariance per distinct layer input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from corda.context.capture import Capture, hooked
+from corda.context.store import Context, packed_covariance
+from corda.data.batches import Batch, Encoded, batches, calibration_set
+from corda.data.formats import Template, to_records
+from corda.errors import CalibrationError
+from corda.progress import Progress, silent
+from corda.targets import LayerSpec, find_targets
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[str | dict[str, Any]],
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    samples: int | None = 256,
+    tokens: int | None = None,
+    pack_to: int | None = None,
+    max_length: int = 1024,
+    template: Template = "plain",
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Context:
+    """Collect C = X Xᵀ / T for every target layer (CorDA, section 3.1), X being its inputs over T real tokens.
+
+    Args:
+        model: Any transformers model; left as it was, whatever happens.
+        tokenizer: Its tokenizer.
+        records: Texts, or dicts of any format in docs/data.md.
+        target_modules: As in `find_targets`.
+        samples: Records drawn (windows with pack_to).
+        tokens: Limit in tokens.
+        pack_to: Window length in tokens; attention does not cross records.
+        max_length: Longest record in tokens.
+        template: "plain" or "chat".
+        batch_size: Rows per forward pass; does not change the result.
+        seed: Of the order drawn.
+
+    Raises:
+        TargetError: nothing matched.
+        DataError: a record fits no format.
+        CalibrationError: a layer saw no token, or activations are not finite.
+    """
+    raw = [{"text": record} if isinstance(record, str) else record for record in records]
+    chosen = calibration_set(
+        to_records(raw),
+        tokenizer,
+        template=template,
+        max_length=max_length,
+        samples=samples,
+        tokens=tokens,
+        pack_to=pack_to,
+        seed=seed,
+    )
+    return collect_encoded(
+        model, chosen, find_targets(model, target_modules), pad_token_id=pad_id(tokenizer), batch_size=batch_size
+    )
+
+
+def collect_encoded(
+    model: PreTrainedModel,
+    encoded: Sequence[Encoded],
+    layers: Sequence[LayerSpec],
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    response_only: bool = False,
+    skip_unseen: bool = False,
+    progress: Progress = silent,
+) -> Context:
+    """`collect` for records that are tokens already and layers that are chosen already."""
+    parts = batches(encoded, pad_token_id, batch_size, response_only=response_only)
+    return collect_batches(
+        model,
+        progress(parts, "collect", -(-len(encoded) // batch_size)),
+        layers,
+        skip_unseen=skip_unseen,
+    )
+
+
+def collect_batches(
+    model: PreTrainedModel, parts: Iterable[Batch], layers: Sequence[LayerSpec], *, skip_unseen: bool = False
+) -> Context:
+    """Forward every batch through the decoder body (no logits) and return the covariances.
+
+    Raises:
+        CalibrationError: see `collect`.
+    """
+    capture = Capture(layers)
+    body = _body(model, layers)
+    device = next(model.parameters()).device
+    with hooked(model, capture):
+        for cpu_batch in parts:
+            batch = cpu_batch.to(device)
+            with capture.batch(batch.counts):
+                body(**model_inputs(batch))
+            capture.check_finite()
+    return _finish(capture, layers, skip_unseen)
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of a decoder body for a batch; packed rows get a mask that keeps their records apart."""
+    mask = block_mask(batch) if batch.packed else batch.attention_mask
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+
+
+def block_mask(batch: Batch) -> Tensor:
+    """(B, 1, L, L) bool: causal, within one record, pads apart from everything."""
+    starts = (batch.position_ids == 0).long().cumsum(dim=1)
+    record = torch.where(batch.attention_mask.bool(), starts, torch.zeros_like(starts))
+    same = record[:, :, None] == record[:, None, :]
+    length = record.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=record.device).tril()
+    return (same & causal)[:, None]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or any token where there is none: pads are masked out."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
+    """The model without its head where no target lies outside of it: logits are never needed."""
+    body: nn.Module = model.base_model
+    inside = {id(module) for module in body.modules()}
+    return body if all(id(model.get_submodule(layer.name)) in inside for layer in layers) else model
+
+
+def _finish(capture: Capture, layers: Sequence[LayerSpec], skip_unseen: bool) -> Context:
+    tokens = {group: a.tokens for group, a in capture.accumulators.items()}
+    unseen = [layer.name for layer in layers if tokens.get(capture.groups.get(layer.name, ""), 0) == 0]
+    if unseen and not skip_unseen:
+        raise CalibrationError(
+            f"{len(unseen)} target layer{'s' if len(unseen) > 1 else ''} saw no token",
+            where=", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else ""),
+            fix="calibrate on data that reaches them, drop them from target_modules, "
+            "or set context.skip_unseen: true to leave them out",
+        )
+    seen = tuple(layer for layer in layers if layer.name not in set(unseen))
+    if not seen:
+        raise CalibrationError("no target layer saw a token", fix="check the calibration data")
+    warnings = [f"left out, no token seen: {name}" for name in unseen]
+    widest = max(seen, key=lambda layer: layer.d_in)
+    fewest = min(tokens[capture.groups[layer.name]] for layer in seen if layer.d_in == widest.d_in)
+    if fewest < 2 * widest.d_in:
+        warnings.append(
+            f"few calibration tokens: {fewest} for {widest.name} with {widest.d_in} inputs, whose covariance has rank "
+            f"{min(fewest, widest.d_in)} at most; {8 * widest.d_in} would do"
+        )
+    packed = {g: packed_covariance(a.total, a.tokens) for g, a in capture.accumulators.items() if a.tokens}
+    groups = {layer.name: capture.groups[layer.name] for layer in seen}
+    return Context(seen, groups, {g: t for g, t in tokens.items() if t}, packed, None, tuple(warnings))

@@ -1,0 +1,205 @@
+"""From records to token ids with masks: the same encoding for calibration, training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from corda.data.formats import Record, Segment, Template, render, to_records
+from corda.data.sources import read_records
+from corda.errors import DataError
+from corda.recipe import DataSource
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One record as tokens.
+
+    Attributes:
+        ids: Token ids, length L.
+        response: Which of them the model has to produce, length L.
+        starts: Where each packed record begins; (0,) for a single record.
+    """
+
+    ids: tuple[int, ...]
+    response: tuple[bool, ...]
+    starts: tuple[int, ...] = (0,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) int64, 1 on real tokens.
+        position_ids: (B, L) int64, counted from 0 in each record; pads have 0.
+        counts: (B, L) bool, the tokens whose activations count.
+        packed: Some row holds several records.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    counts: Tensor
+    packed: bool
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.counts.to(device),
+            self.packed,
+        )
+
+
+def load_records(source: DataSource, data_dir: Path | None, seed: int) -> list[Record]:
+    """Read and convert a recipe's data source.
+
+    Raises:
+        DataError: see `read_records` and `to_records`.
+    """
+    return to_records(read_records(source, data_dir, seed), source.format, source.columns, source.dataset)
+
+
+def encode(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: Template = "plain",
+    max_length: int | None = None,
+    shots: Sequence[Record] = (),
+) -> Encoded:
+    """Tokenise a record segment by segment, so that prompt and answer never share a token."""
+    return encode_segments(render(record, tokenizer, template, shots), tokenizer, max_length)
+
+
+def encode_segments(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> Encoded:
+    """Token ids of segments, cut at the end to `max_length`; with a first token where the tokenizer adds one."""
+    ids: list[int] = []
+    response: list[bool] = []
+    for index, segment in enumerate(segments):
+        special = index == 0 and not segment.text.startswith(tokenizer.bos_token or "\0")
+        pieces = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        if special and _adds_bos(tokenizer):
+            ids.append(int(tokenizer.bos_token_id))
+            response.append(False)
+        ids += pieces
+        response += [segment.response] * len(pieces)
+    return Encoded(tuple(ids[:max_length]), tuple(response[:max_length]))
+
+
+def calibration_set(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: Template = "plain",
+    max_length: int = 1024,
+    samples: int | None = 256,
+    tokens: int | None = None,
+    pack_to: int | None = None,
+    seed: int = 0,
+) -> list[Encoded]:
+    """Draw the calibration samples: records, or windows packed to `pack_to` tokens, until a limit is met.
+
+    Args:
+        records: Where to draw from, without replacement.
+        tokenizer: The model's.
+        template: How records become text.
+        max_length: Longest record, in tokens.
+        samples: At most so many records (windows with `pack_to`).
+        tokens: At most so many tokens; the last record is cut to fit.
+        pack_to: Window length; attention does not cross records.
+        seed: Of the order drawn.
+
+    Raises:
+        DataError: nothing is left after encoding.
+    """
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen: list[Encoded] = []
+    room = tokens if tokens is not None else None
+    for index in order:
+        if not pack_to and samples is not None and len(chosen) >= samples:
+            break
+        if pack_to and samples is not None and sum(map(len, chosen)) >= samples * pack_to:
+            break
+        if room is not None and room <= 0:
+            break
+        limit = min(x for x in (max_length, pack_to, room) if x is not None)
+        one = encode(records[index], tokenizer, template=template, max_length=limit)
+        if len(one):
+            chosen.append(one)
+            room = None if room is None else room - len(one)
+    if not chosen:
+        raise DataError("no calibration record has a token", where="context", fix="check the data and max_length")
+    return pack(chosen, pack_to)[:samples] if pack_to else chosen
+
+
+def pack(encoded: Sequence[Encoded], length: int) -> list[Encoded]:
+    """Fill windows of at most `length` tokens with whole records, in order."""
+    windows: list[Encoded] = []
+    for one in encoded:
+        last = windows[-1] if windows else None
+        if last is not None and len(last) + len(one) <= length:
+            starts = (*last.starts, len(last))
+            windows[-1] = Encoded(last.ids + one.ids, last.response + one.response, starts)
+        else:
+            windows.append(one)
+    return windows
+
+
+def batches(
+    encoded: Sequence[Encoded],
+    pad_token_id: int,
+    batch_size: int = 8,
+    *,
+    response_only: bool = False,
+    padding_side: str = "right",
+) -> Iterator[Batch]:
+    """Padded batches of neighbours in length, so that few pads are computed on.
+
+    Args:
+        encoded: Records in any order; batches come longest first.
+        pad_token_id: Filled in, and masked out of everything.
+        batch_size: Rows.
+        response_only: Only response tokens count.
+        padding_side: "right" or "left"; does not change any result.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    for start in range(0, len(order), batch_size):
+        yield _batch([encoded[i] for i in order[start : start + batch_size]], pad_token_id, response_only, padding_side)
+
+
+def _batch(rows: Sequence[Encoded], pad: int, response_only: bool, side: str) -> Batch:
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    positions = torch.zeros_like(ids)
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    for r, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[r, place] = torch.tensor(row.ids)
+        mask[r, place] = 1
+        ends = (*row.starts[1:], len(row))
+        positions[r, place] = torch.cat([torch.arange(b - a) for a, b in zip(row.starts, ends, strict=True)])
+        counts[r, place] = torch.tensor(row.response) if response_only else True
+    return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows))
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if tokenizer.bos_token_id is None:
+        return False
+    probe = tokenizer("a")["input_ids"]
+    return bool(probe) and probe[0] == tokenizer.bos_token_id

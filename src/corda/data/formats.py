@@ -1,0 +1,256 @@
+"""From a raw record of any common format to text segments that say which of them are answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from corda.errors import DataError
+
+Template = Literal["plain", "chat"]
+
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "choice": ("context", "choices", "label"),
+    "prompt_completion": ("prompt", "completion"),
+    "qa": ("question", "answer"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+_ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a record's text; `response` marks what the model has to produce."""
+
+    text: str
+    response: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record in one form, whatever file format it came in.
+
+    Attributes:
+        prompt: Plain text up to the answer; empty for running text.
+        response: The answer or the text itself; starts with the white space that separates it.
+        turns: (role, content) pairs for the chat template; the last one is the assistant's.
+        answers: Accepted short answers, the first the canonical one.
+        is_text: Running text, all of which counts.
+        choices: For multiple choice, the options; `label` is the right one's index.
+    """
+
+    prompt: str
+    response: str
+    turns: tuple[tuple[str, str], ...] = ()
+    answers: tuple[str, ...] = ()
+    is_text: bool = False
+    choices: tuple[str, ...] = ()
+    label: int = -1
+    always_chat: bool = field(default=False)
+
+    @property
+    def key(self) -> str:
+        """Prompt (or text) in lower case without punctuation and spacing: equal keys are the same record."""
+        return re.sub(r"\W+", " ", (self.prompt or self.response).lower()).strip()
+
+
+def to_records(
+    raw: Sequence[Mapping[str, Any]],
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    where: str = "data",
+) -> list[Record]:
+    """Convert raw records.
+
+    Args:
+        raw: Dicts with equal fields.
+        format: One of the recipe's record formats; "auto" decides on the fields of the first record.
+        columns: From a format's field to the name that the data uses.
+        where: Named in messages.
+
+    Raises:
+        DataError: the fields fit no format, or a record has an empty or wrongly typed field.
+    """
+    columns = dict(columns or {})
+    mapped = [_renamed(record, columns, where, number) for number, record in enumerate(raw, start=1)]
+    if format == "auto":
+        format = _detect(mapped[0], columns, where)
+    records = []
+    for number, record in enumerate(mapped, start=1):
+        missing = [name for name in _FIELDS[format] if record.get(name) is None]
+        if missing:
+            raise _no_format(raw[number - 1], f"{where}, record {number}", f"format {format}: {', '.join(missing)}")
+        try:
+            records.append(_CONVERTERS[format](record))
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"a record does not fit the format {format}",
+                where=f"{where}, record {number}",
+                got=f"{type(error).__name__}: {error}",
+            ) from None
+    return records
+
+
+def render(
+    record: Record, tokenizer: PreTrainedTokenizerBase, template: Template, shots: Sequence[Record] = ()
+) -> list[Segment]:
+    """Segments of one record, solved examples before it as asked.
+
+    Args:
+        record: What to render.
+        tokenizer: For the chat template and the end-of-sequence token.
+        template: "plain", or "chat" for the tokenizer's chat template (conversations always use it).
+        shots: Solved examples put in front, none of which counts as a response.
+
+    Raises:
+        DataError: the chat template is missing or does not render turn by turn.
+    """
+    if record.is_text:
+        return [Segment(record.response, True)]
+    end = tokenizer.eos_token or ""
+    if template == "plain" and not record.always_chat:
+        context = "".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots)
+        return [Segment(context + record.prompt, False), Segment(record.response + end, True)]
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template",
+            where="data.template",
+            fix="use template: plain, or a tokenizer that has one",
+        )
+    turns = [turn for shot in shots for turn in shot.turns] + list(record.turns)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    first_learnt = len(messages) - len(record.turns)
+    segments: list[Segment] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first_learnt:
+            continue
+        before = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+        if not before.startswith(done) or not after.startswith(before):
+            raise DataError(
+                "the chat template changes earlier turns when a later one is added",
+                where="tokenizer.chat_template",
+                fix="use template: plain, or single-turn records",
+            )
+        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+        done = after
+    return segments
+
+
+def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, number: int) -> dict[str, Any]:
+    lost = [column for column in columns.values() if column not in record]
+    if lost:
+        raise DataError(
+            f"a mapped column is not in the data: {', '.join(lost)}",
+            where=f"{where}, record {number}",
+            got=f"fields {', '.join(record)}",
+            fix="correct `columns`",
+        )
+    taken = {column: name for name, column in columns.items()}
+    return {taken.get(key, key): value for key, value in record.items()}
+
+
+def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> str:
+    for name, fields in _FIELDS.items():
+        if all(record.get(f) is not None for f in fields):
+            return name
+    inverse = {name: column for name, column in columns.items()}
+    raise _no_format({inverse.get(k, k): v for k, v in record.items()}, where, "one of the known formats")
+
+
+def _no_format(record: Mapping[str, Any], where: str, wanted: str) -> DataError:
+    known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in _FIELDS.items())
+    return DataError(
+        "the records fit no format",
+        where=where,
+        got=f"fields {', '.join(record)}",
+        expected=f"{wanted}; known are {known}",
+        fix="map the fields, for example `columns: {question: your_column, answer: your_other_column}`",
+    )
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} is {value!r}, expected text")
+    return value
+
+
+def _qa(record: Mapping[str, Any]) -> Record:
+    question = _text(record["question"], "question").strip()
+    given = record["answer"]
+    if isinstance(given, Mapping):  # SQuAD and TriviaQA: {"text": [...]} or {"value": ..., "aliases": [...]}
+        given = given.get("text") or [given["value"], *given.get("aliases", [])]
+    answers = tuple(_text(a, "answer").strip() for a in (given if isinstance(given, list | tuple) else [given]))
+    turns = (("user", question), ("assistant", answers[0]))
+    return Record(f"Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
+
+
+def _alpaca(record: Mapping[str, Any]) -> Record:
+    instruction = _text(record["instruction"], "instruction").strip()
+    given = str(record.get("input") or "").strip()
+    output = _text(record["output"], "output").strip()
+    prompt = f"{_ALPACA}### Instruction:\n{instruction}\n\n"
+    prompt += f"### Input:\n{given}\n\n### Response:" if given else "### Response:"
+    user = f"{instruction}\n\n{given}" if given else instruction
+    return Record(prompt, f"\n{output}", (("user", user), ("assistant", output)), (output,))
+
+
+def _prompt_completion(record: Mapping[str, Any]) -> Record:
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list):
+        return _messages({"messages": [*prompt, *completion]})
+    prompt, completion = _text(prompt, "prompt"), _text(completion, "completion")
+    turns = (("user", prompt.strip()), ("assistant", completion.strip()))
+    return Record(prompt, completion, turns, (completion.strip(),))
+
+
+def _messages(record: Mapping[str, Any]) -> Record:
+    turns = tuple((m["role"], _text(m["content"], "content")) for m in record["messages"])
+    return _conversation(turns)
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Record:
+    turns = tuple((_ROLES[m["from"]], _text(m["value"], "value")) for m in record["conversations"])
+    return _conversation(turns)
+
+
+def _conversation(turns: tuple[tuple[str, str], ...]) -> Record:
+    while turns and turns[-1][0] != "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError("the conversation has no assistant turn")
+    prompt = "\n".join(content for _, content in turns[:-1])
+    return Record(prompt, turns[-1][1], turns, (turns[-1][1].strip(),), always_chat=True)
+
+
+def _running_text(record: Mapping[str, Any]) -> Record:
+    return Record("", _text(record["text"], "text"), is_text=True)
+
+
+def _choice(record: Mapping[str, Any]) -> Record:
+    choices = tuple(_text(c, "choice") for c in record["choices"])
+    label = int(record["label"])
+    context = _text(record["context"], "context")
+    if not 0 <= label < len(choices):
+        raise ValueError(f"label {label} is not an index of {len(choices)} choices")
+    return Record(context, f" {choices[label]}", choices=choices, label=label, answers=(choices[label],))
+
+
+_CONVERTERS = {
+    "qa": _qa,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "text": _running_text,
+    "choice": _choice,
+}

@@ -1,0 +1,116 @@
+"""Read records from local files or the Hub, with errors that name file and line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from corda import artifact
+from corda.errors import DataError
+from corda.recipe import DataSource
+
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def local_file(source: DataSource, data_dir: Path | None) -> Path | None:
+    """The local file that a source means, or None for a Hub id.
+
+    Raises:
+        DataError: it looks like a file but does not exist.
+    """
+    path = Path(source.dataset).expanduser()
+    candidates = [path] if path.is_absolute() or data_dir is None else [data_dir / path, path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if path.suffix in {*_FILES, ".txt"} or path.is_absolute() or source.dataset.startswith("."):
+        raise DataError(
+            "the data file does not exist",
+            where=", ".join(str(c) for c in candidates),
+            fix="check the name, or set data.data_dir to the folder that holds it",
+        )
+    return None
+
+
+def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """All records of a source as dicts; with `max_records` a sample drawn with `seed`, in the order drawn.
+
+    Raises:
+        DataError: missing, empty or malformed (with the line), or the Hub cannot be reached.
+    """
+    path = local_file(source, data_dir)
+    records = _from_hub(source) if path is None else _from_file(path)
+    if not records:
+        raise DataError("the data set is empty", where=source.dataset, expected="at least one record")
+    if source.max_records is not None and source.max_records < len(records):
+        records = random.Random(seed).sample(records, source.max_records)
+    return records
+
+
+def identity(source: DataSource, data_dir: Path | None, seed: int) -> dict[str, Any]:
+    """What a source's records depend on: its settings and, for a local file, the file's bytes."""
+    path = local_file(source, data_dir)
+    settings = source.model_dump(mode="json")
+    return settings | {"seed": seed, "sha256": artifact.file_hash(path) if path else None}
+
+
+def _from_file(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".json":
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError("the data file is not JSON", where=str(path), got=str(error)) from None
+        if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+            raise DataError("the data file is not a list of objects", where=str(path), got=type(value).__name__)
+        return value
+    if path.suffix not in _FILES:
+        raise DataError("unknown kind of data file", where=str(path), expected=", ".join(sorted(_FILES)))
+    import datasets
+
+    try:
+        table = datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
+    except Exception as error:  # datasets raises whatever its readers raise
+        raise DataError("the data file cannot be read", where=str(path), got=str(error).splitlines()[0]) from None
+    return [dict(record) for record in table]
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open(encoding="utf-8") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        "a line is not JSON", where=f"{path}, line {number}", got=f"{line.strip()[:60]!r}: {error.msg}"
+                    ) from None
+                if not isinstance(record, dict):
+                    raise DataError(
+                        "a line is not an object", where=f"{path}, line {number}", got=type(record).__name__
+                    )
+                records.append(record)
+        except UnicodeDecodeError as error:
+            raise DataError("the data file is not UTF-8", where=str(path), got=str(error)) from None
+    return records
+
+
+def _from_hub(source: DataSource) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(source.dataset, source.name, split=source.split)
+    except Exception as error:  # network, permissions, names: the library has many exception types here
+        raise DataError(
+            "the data set cannot be loaded from the Hub",
+            where=source.dataset,
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            fix="check the id, split and network, or give a local file",
+        ) from None
+    return [dict(record) for record in table]

@@ -1,0 +1,1 @@
+"""Scores on held-out data: answer loss, exact match, perplexity, multiple choice."""

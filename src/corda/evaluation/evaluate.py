@@ -1,0 +1,149 @@
+"""All tasks of a recipe on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from corda.context.collect import pad_id
+from corda.data.batches import encode, load_records
+from corda.data.formats import Record
+from corda.errors import DataError
+from corda.evaluation.generation import exact_match
+from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity
+from corda.evaluation.scores import Score
+from corda.progress import Progress, silent
+from corda.recipe import EvaluationTask, Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe's task with its records in memory.
+
+    Attributes:
+        name: As in the recipe.
+        options: Its settings.
+        records: Held-out records.
+        shots: Solved examples.
+    """
+
+    name: str
+    options: EvaluationTask
+    records: tuple[Record, ...]
+    shots: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured on one model.
+
+    Attributes:
+        values: "task/metric" -> score.
+        answers: Task -> some generated answers, as JSON.
+    """
+
+    values: Mapping[str, Score]
+    answers: Mapping[str, list[dict[str, Any]]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return {
+            "values": {name: score.as_json() for name, score in self.values.items()},
+            "answers": dict(self.answers),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Scores:
+        """Inverse of as_json."""
+        return cls({name: Score(**score) for name, score in raw["values"].items()}, raw["answers"])
+
+
+def load_tasks(recipe: Recipe) -> list[Task]:
+    """Read every task's records.
+
+    Raises:
+        DataError: see `load_records`; or shots are asked for and there is nothing to take them from.
+    """
+    tasks = []
+    for name, options in recipe.evaluation.tasks.items():
+        records = load_records(options.dataset, recipe.data.data_dir, recipe.seed)
+        shots: list[Record] = []
+        if options.shots:
+            origin = options.shots_from or (recipe.data.keep if options.measures == "keep" else recipe.data.learn)
+            if origin is None:
+                raise DataError("shots are asked for, but there is no data to take them from", where=name)
+            shots = load_records(origin, recipe.data.data_dir, recipe.seed)[: options.shots]
+        tasks.append(Task(name, options, tuple(records), tuple(shots)))
+    return tasks
+
+
+def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) -> None:
+    """Refuse held-out records that were calibrated or trained on.
+
+    Args:
+        tasks: What will be measured.
+        used: Name of a data set in use -> its records.
+
+    Raises:
+        DataError: names the task, the data set and an example.
+    """
+    for origin, records in used.items():
+        keys = {record.key for record in records}
+        for task in tasks:
+            shared = [record for record in task.records if record.key in keys]
+            if shared:
+                raise DataError(
+                    f"{len(shared)} of {len(task.records)} evaluation records are also in {origin}",
+                    where=f"evaluation.tasks.{task.name}",
+                    got=repr(shared[0].key[:80]),
+                    expected="held-out records",
+                    fix="use another split or file for one of the two",
+                )
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    progress: Progress = silent,
+) -> Scores:
+    """Measure every task; the model is put in eval mode by the caller."""
+    values: dict[str, Score] = {}
+    shown: dict[str, list[dict[str, Any]]] = {}
+    options, template = recipe.evaluation, recipe.data.template
+    pad, size = pad_id(tokenizer), options.batch_size
+    for task in tasks:
+        for metric in task.options.metrics:
+            key = f"{task.name}/{metric}"
+            if metric == "answer_loss":
+                encoded = [
+                    encode(r, tokenizer, template=template, max_length=recipe.data.max_length, shots=task.shots)
+                    for r in task.records
+                ]
+                values[key] = answer_loss(model, [e for e in encoded if any(e.response)], pad, size, progress)
+            elif metric == "perplexity":
+                values[key] = perplexity(model, tokenizer, task.records, pad, size, options.window, progress)
+            elif metric == "accuracy":
+                values[key] = choice_accuracy(
+                    model, tokenizer, task.records, pad, size, task.options.choice_prompt, progress
+                )
+            else:
+                values[key], answers = exact_match(
+                    model,
+                    tokenizer,
+                    task.records,
+                    template=template,
+                    shots=task.shots,
+                    stop=task.options.stop,
+                    answer_after=task.options.answer_after,
+                    max_new_tokens=task.options.max_new_tokens,
+                    batch_size=size,
+                    progress=progress,
+                )
+                shown[task.name] = [answer.as_json() for answer in answers[: options.samples_shown]]
+    return Scores(values, shown)

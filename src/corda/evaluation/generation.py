@@ -1,0 +1,145 @@
+"""Exact match by greedy generation."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from corda.data.formats import Record, Template, render
+from corda.evaluation.scores import Score, mean
+from corda.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one prompt.
+
+    Attributes:
+        prompt: The question, without shots.
+        expected: Accepted answers.
+        generated: The text produced, up to the stop.
+        right: Whether it matches.
+    """
+
+    prompt: str
+    expected: tuple[str, ...]
+    generated: str
+    right: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return asdict(self)
+
+
+def exact_match(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    template: Template,
+    shots: Sequence[Record] = (),
+    stop: Sequence[str] = ("\n",),
+    answer_after: str | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> tuple[Score, list[Answer]]:
+    """Share of records whose greedy generation, normalised, equals an accepted answer.
+
+    Normalised as for TriviaQA and NQ-open: lower case, without punctuation, articles and surplus space.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its tokenizer.
+        records: Questions with accepted answers.
+        template: "plain" or "chat".
+        shots: Solved examples in front of each question.
+        stop: The generation ends before the first of these, leading white space aside.
+        answer_after: Compare only what follows the last occurrence of this, in both.
+        max_new_tokens: Limit in tokens.
+        batch_size: Rows; does not change the result.
+        progress: Shows how far it is.
+    """
+    prompts = [
+        "".join(segment.text for segment in render(record, tokenizer, template, shots)[:-1]) for record in records
+    ]
+    texts = generate(model, tokenizer, prompts, list(stop), max_new_tokens, batch_size, progress)
+    answers = []
+    for record, text in zip(records, texts, strict=True):
+        accepted = {normalise(_final(answer, answer_after)) for answer in record.answers}
+        right = normalise(_final(text, answer_after)) in accepted
+        answers.append(Answer(record.turns[0][1] if record.turns else record.prompt, record.answers, text, right))
+    return mean([float(answer.right) for answer in answers]), answers
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    stop: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress = silent,
+) -> list[str]:
+    """Greedy continuations of `prompts`, in order, cut before the first stop string.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its tokenizer; the model's end-of-sequence token ends a row too.
+        prompts: Rendered text, special tokens and all.
+        stop: Strings that end a row; they are looked for after leading white space.
+        max_new_tokens: Limit in tokens.
+        batch_size: Rows per call, neighbours in length, padded on the left.
+        progress: Shows how far it is.
+    """
+    device = next(model.parameters()).device
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_strings=[s for s in stop if s.strip()] or None,
+    )
+    texts = [""] * len(ids)
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, "generate", len(starts)):
+        rows = order[start : start + batch_size]
+        width = max(len(ids[i]) for i in rows)
+        tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for r, i in enumerate(rows):
+            tokens[r, width - len(ids[i]) :] = torch.tensor(ids[i])
+            mask[r, width - len(ids[i]) :] = 1
+        out = model.generate(  # type: ignore[operator]
+            input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=config, tokenizer=tokenizer
+        )
+        for r, i in enumerate(rows):
+            texts[i] = _cut(tokenizer.decode(out[r, width:], skip_special_tokens=True), stop)
+    return texts
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _final(text: str, after: str | None) -> str:
+    return text.rpartition(after)[2] if after else text
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    text = text.lstrip()
+    ends = [text.find(s) for s in stop if s in text]
+    return text[: min(ends)] if ends else text

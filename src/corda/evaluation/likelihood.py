@@ -1,0 +1,104 @@
+"""Log-likelihoods of given tokens: answer loss, perplexity, multiple choice. Independent of the batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from corda.data.batches import Encoded, batches, encode_segments
+from corda.data.formats import Record, Segment
+from corda.evaluation.scores import Score, mean, ratio
+from corda.progress import Progress, silent
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
+) -> list[Tensor]:
+    """Negative log-likelihood in nats of every response token, one 1-D fp32 tensor per record, in order given."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    losses: list[Tensor] = [torch.empty(0)] * len(encoded)
+    parts = progress(
+        batches(encoded, pad_token_id, batch_size, response_only=True), "likelihood", -(-len(encoded) // batch_size)
+    )
+    done = 0
+    for cpu_batch in parts:
+        batch = cpu_batch.to(device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        for row in range(batch.input_ids.shape[0]):
+            wanted = batch.counts[row, 1:].nonzero()[:, 0]
+            scores = logits[row, wanted].float().log_softmax(-1)
+            targets = batch.input_ids[row, 1:][wanted]
+            losses[order[done + row]] = -scores.gather(1, targets[:, None])[:, 0].cpu()
+        done += batch.input_ids.shape[0]
+    return losses
+
+
+def answer_loss(
+    model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
+) -> Score:
+    """Mean loss per response token, in nats; the standard error is over records."""
+    losses = token_losses(model, encoded, pad_token_id, batch_size, progress)
+    return ratio([float(loss.double().sum()) for loss in losses], [float(loss.numel()) for loss in losses])
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    pad_token_id: int,
+    batch_size: int,
+    window: int,
+    progress: Progress = silent,
+) -> Score:
+    """exp of the mean loss per token of the joined texts, cut into windows; n is the number of windows.
+
+    Each window's first token has no context and does not count. The standard error is that of the loss, times the
+    perplexity.
+    """
+    text = "".join(record.response for record in records)
+    ids = encode_segments([Segment(text, True)], tokenizer).ids
+    windows = [ids[i : i + window] for i in range(0, len(ids), window)]
+    encoded = [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows if len(w) > 1]
+    loss = answer_loss(model, encoded, pad_token_id, batch_size, progress)
+    value = math.exp(loss.value)
+    return Score(value, value * loss.stderr, loss.n)
+
+
+def choice_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    pad_token_id: int,
+    batch_size: int,
+    prompt: str = "{context}",
+    progress: Progress = silent,
+) -> Score:
+    """Share of records whose right choice has the highest likelihood per byte (lm-eval's acc_norm).
+
+    Where the context has a gap "_" (WinoGrande), each choice is put into it and what follows the gap is scored.
+    """
+    encoded: list[Encoded] = []
+    lengths: list[int] = []
+    for record in records:
+        for choice in record.choices:
+            if "_" in record.prompt:
+                before, _, after = record.prompt.partition("_")
+                context, continuation = prompt.format(context=before.rstrip() + " " + choice), after
+            else:
+                context, continuation = prompt.format(context=record.prompt), " " + choice
+            encoded.append(encode_segments([Segment(context, False), Segment(continuation, True)], tokenizer))
+            lengths.append(len(continuation.strip().encode()))
+    losses = token_losses(model, encoded, pad_token_id, batch_size, progress)
+    right, position = [], 0
+    for record in records:
+        span = range(position, position + len(record.choices))
+        position += len(record.choices)
+        per_byte = [float(losses[i].double().sum()) / lengths[i] for i in span]
+        right.append(float(per_byte.index(min(per_byte)) == record.label))
+    return mean(right)

@@ -1,0 +1,113 @@
+"""What the stages of a run depend on: read when first needed, checked before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from corda import artifact, models
+from corda.data import sources
+from corda.data.batches import load_records
+from corda.data.formats import Record
+from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
+from corda.plan import plan as plans
+from corda.recipe import Recipe
+from corda.targets import LayerSpec, find_targets
+
+
+class Inputs:
+    """Model files, layers, records and tasks of a recipe, and the fingerprints that follow from them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def source(self) -> models.Source:
+        """Where the base model is."""
+        return models.resolve(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return models.load_tokenizer(self.source, self.recipe.model)
+
+    @cached_property
+    def targets(self) -> list[LayerSpec]:
+        """Target layers, found on a model without weights."""
+        return find_targets(models.skeleton(self.source, self.recipe.model), self.recipe.adapter.target_modules)
+
+    @cached_property
+    def learn_records(self) -> list[Record]:
+        """Training records."""
+        assert self.recipe.data.learn is not None
+        return load_records(self.recipe.data.learn, self.recipe.data.data_dir, self.recipe.seed)
+
+    @cached_property
+    def context_records(self) -> list[Record]:
+        """Records that calibration samples are drawn from; none for plain LoRA."""
+        source = self.recipe.context_source()
+        return load_records(source, self.recipe.data.data_dir, self.recipe.seed) if source else []
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """Evaluation tasks with their records."""
+        return load_tasks(self.recipe)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Stage -> fingerprint of all that its artifact depends on."""
+        r = self.recipe
+        model = [models.identity(self.source, self.recipe.model), r.model.dtype, r.model.device]
+        data = [r.data.template, r.data.max_length, r.seed]
+
+        def identify(source: Any) -> Any:
+            return sources.identity(source, r.data.data_dir, r.seed) if source else None
+
+        tasks = [[name, identify(t.dataset), t.model_dump(mode="json")] for name, t in r.evaluation.tasks.items()]
+        context = artifact.fingerprint(
+            "context",
+            model,
+            data,
+            identify(r.context_source()),
+            r.context.model_dump(mode="json", exclude={"batch_size"}),
+            r.adapter.target_modules,
+        )
+        options = r.adapter.model_dump(mode="json", exclude={"base"})
+        plan = artifact.fingerprint("plan", model, context if r.context_source() else None, options)
+        settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
+        train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings)
+        evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})
+        shots = [identify(s) for s in (r.data.keep, r.data.learn)]
+        before = artifact.fingerprint("before", model, data, tasks, evaluation, shots)
+        after = artifact.fingerprint("after", train, before)
+        return {
+            "context": context,
+            "plan": plan,
+            "train": train,
+            "before": before,
+            "after": after,
+            "export": artifact.fingerprint("export", train, r.export.model_dump(mode="json")),
+        }
+
+    def check(self) -> dict[str, Any]:
+        """Everything that can be found wrong before a weight is loaded.
+
+        Raises:
+            CordaError: whatever is wrong with model, data, targets or rank.
+        """
+        targets = self.targets
+        plans.check_ranks(targets, self.recipe.adapter.rank)
+        used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
+        if self.context_records:
+            used["the calibration data"] = self.context_records
+        refuse_overlap(self.tasks, used)
+        options = self.recipe.adapter
+        return {
+            "layers": len(targets),
+            "trainable_parameters": sum((t.d_in + t.d_out) * options.rank for t in targets),
+            "calibration_records": len(self.context_records),
+            "training_records": len(self.learn_records),
+            "tasks": {task.name: len(task.records) for task in self.tasks},
+            "output_dir": str(self.recipe.output_dir),
+        }

@@ -1,0 +1,259 @@
+"""Which left singular vectors of W C^a: the one computation behind every mode. Tensors and numbers only.
+
+CorDA (arXiv 2406.05223, eqs. 2-5) takes U Σ Vᵀ = SVD(W C) and builds B A = U_S Σ_S V_Sᵀ C⁻¹. Because
+Vᵀ C⁻¹ = Σ⁻¹ Uᵀ W, that product is U_S U_Sᵀ W, so only U_S is needed and C is never inverted.
+
+Costs are for n = min(d_out, d_in) and d = d_in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+End = Literal["smallest", "largest"]
+Solver = Literal["auto", "exact"]
+
+# Beyond this condition of M = R C^a its fp64 Gram matrix, whose condition is the square, loses the small end.
+GRAM_CONDITION_LIMIT = 1e6
+_GUARD = 8
+_MAX_ITERATIONS = 60
+_RESIDUAL = 1e-10
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Chosen left singular vectors of W C^a.
+
+    Attributes:
+        U: (d_out, r) fp64, orthonormal columns, each with its entry of largest magnitude positive.
+        sigma: (r,) fp64, the singular values of W (C + λI)^a that belong to them, ascending.
+        spectrum: (n,) fp64, all singular values, ascending; None where the solver did not compute them.
+        path: The solver that produced them, "gram" or "lq".
+        condition: Estimated condition number of R (C + λI)^a.
+    """
+
+    U: Tensor
+    sigma: Tensor
+    spectrum: Tensor | None
+    path: str
+    condition: float
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """W = Q R with the row space's dimension reduced to n = min(d_out, d_in).
+
+    Attributes:
+        Q: (d_out, n) fp64 with orthonormal columns, or None where d_out <= d_in and R is W itself.
+        R: (n, d_in) fp64.
+    """
+
+    Q: Tensor | None
+    R: Tensor
+
+    def lift(self, U: Tensor) -> Tensor:
+        """From (n, r) in the reduced space to (d_out, r)."""
+        return U if self.Q is None else self.Q @ U
+
+
+def reduce(W: Tensor) -> Reduced:
+    """Thin QR of a tall weight, so that every later matrix has n = min(d_out, d_in) rows.
+
+    Args:
+        W: (d_out, d_in), any floating dtype.
+    """
+    W = W.double()
+    if W.shape[0] <= W.shape[1]:
+        return Reduced(None, W)
+    Q, R = torch.linalg.qr(W)
+    return Reduced(Q, R)
+
+
+def damping(C: Tensor, damp: float) -> float:
+    """λ = damp · mean(diag C), the number added to C's diagonal."""
+    return damp * float(C.diagonal().double().mean())
+
+
+def root(R: Tensor, C: Tensor | None, exponent: float, lam: float) -> Tensor:
+    """A matrix M with M Mᵀ = R (C + λI)^{2a} Rᵀ, hence with the left singular vectors of R (C + λI)^a.
+
+    Args:
+        R: (n, d_in) fp64.
+        C: (d_in, d_in), symmetric; may be None for exponent 0.
+        exponent: a, one of 0, ½, 1. For ½ M is R times a Cholesky factor, not times the symmetric root.
+        lam: λ.
+
+    Returns:
+        (n, d_in) fp64.
+    """
+    if exponent == 0:
+        return R
+    if C is None:
+        raise ValueError("a covariance is needed unless the exponent is 0")
+    damped = C.to(R.dtype, copy=True)
+    damped.diagonal().add_(lam)
+    if exponent == 1:
+        return R @ damped
+    if exponent != 0.5:
+        raise ValueError(f"exponent {exponent} is not one of 0, 0.5, 1")
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed) != 0:
+        values, vectors = torch.linalg.eigh(damped)
+        factor = vectors * values.clamp_min(0).sqrt()
+    M: Tensor = R @ factor
+    return M
+
+
+def subspace(W: Tensor | Reduced, C: Tensor | None, rank: int, end: End, *, exponent: float, lam: float) -> Subspace:
+    """The r left singular vectors of W (C + λI)^a at one end of the spectrum (method: CorDA eqs. 2-5).
+
+    The fp64 Gram matrix M Mᵀ is used while cond(M) stays below GRAM_CONDITION_LIMIT; beyond it, for the small end,
+    M is factorised by LQ and the triangular factor is iterated on, which never squares the condition. O(n² d + n³).
+
+    Args:
+        W: (d_out, d_in) weight, or its `reduce`d form where several covariances share it.
+        C: (d_in, d_in) second moment, or None with exponent 0.
+        rank: r, 1 <= r <= n.
+        end: "smallest" (KPM, MiLoRA) or "largest" (IPM, PiSSA).
+        exponent: a, one of 0, ½, 1.
+        lam: λ, see `damping`.
+
+    Raises:
+        ValueError: rank or exponent out of range, or entries that are not finite.
+    """
+    reduced = W if isinstance(W, Reduced) else reduce(W)
+    n = reduced.R.shape[0]
+    if not 1 <= rank <= n:
+        raise ValueError(f"rank {rank} is not in 1..{n}")
+    M = root(reduced.R, C, exponent, lam)
+    G = M @ M.T
+    if not bool(torch.isfinite(G.diagonal()).all()):
+        raise ValueError("the weight or its covariance has entries that are not finite")
+    values, vectors = torch.linalg.eigh(G)
+    spectrum = values.clamp_min(0).sqrt()
+    condition = _condition(spectrum)
+    if end == "largest":
+        chosen, U, path = slice(n - rank, n), vectors[:, n - rank :], "gram"
+    elif condition < GRAM_CONDITION_LIMIT:
+        chosen, U, path = slice(0, rank), vectors[:, :rank], "gram"
+    else:
+        sigma, U = smallest_by_lq(M, rank)
+        spectrum = torch.cat([sigma, torch.maximum(spectrum[rank:], sigma[-1])])
+        chosen, path = slice(0, rank), "lq"
+    U = fix_signs(reduced.lift(U))
+    return Subspace(U, spectrum[chosen].clone(), spectrum, path, condition)
+
+
+def smallest_by_lq(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Smallest singular values and left vectors of M without squaring its condition.
+
+    M = L Qᵀ; block inverse iteration on L Lᵀ by two triangular solves a step, a few guard vectors, stopped on the
+    change of the Ritz values; where it stalls, the fp64 SVD of L decides. O(n² d + n² r · iterations).
+
+    Args:
+        M: (n, d) fp64 with n <= d.
+        rank: r.
+
+    Returns:
+        singular values (r,) ascending and vectors (n, r), fp64.
+    """
+    n = M.shape[0]
+    L = torch.linalg.qr(M.T, mode="r")[1].T.contiguous()
+    scale = float(L.abs().max()) or 1.0
+    tiny = torch.finfo(L.dtype).eps * scale
+    safe = L.clone()
+    diagonal = safe.diagonal()
+    diagonal.copy_(torch.where(diagonal.abs() < tiny, torch.full_like(diagonal, tiny), diagonal))
+    width = min(n, rank + _GUARD)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(n, width, generator=generator, dtype=L.dtype).to(L.device)
+    X = torch.linalg.qr(X)[0]
+    previous = torch.full((rank,), math.inf, dtype=L.dtype, device=L.device)
+    for _ in range(_MAX_ITERATIONS):
+        Y = torch.linalg.solve_triangular(safe, X, upper=False)
+        Y = Y / Y.norm(dim=0).clamp_min(torch.finfo(L.dtype).tiny)
+        X = torch.linalg.qr(torch.linalg.solve_triangular(safe.T, Y, upper=True))[0]
+        left, sigma, _ = torch.linalg.svd(X.T @ L, full_matrices=False)
+        X = X @ left.flip(1)
+        current = sigma.flip(0)[:rank]
+        floor = torch.finfo(L.dtype).eps * scale * n
+        if bool(((previous - current).abs() <= _RESIDUAL * current + floor * _RESIDUAL).all()):
+            return current, X[:, :rank]
+        previous = current
+    left, sigma, _ = torch.linalg.svd(L)
+    return sigma.flip(0)[:rank], left.flip(1)[:, :rank]
+
+
+def spectrum(W: Tensor | Reduced, C: Tensor | None, *, exponent: float, lam: float) -> Tensor:
+    """All singular values of W (C + λI)^a, (n,) fp64, ascending, without vectors. O(n² d + n³)."""
+    reduced = W if isinstance(W, Reduced) else reduce(W)
+    M = root(reduced.R, C, exponent, lam)
+    values: Tensor = torch.linalg.eigvalsh(M @ M.T)
+    return values.clamp_min(0).sqrt()
+
+
+def fix_signs(U: Tensor) -> Tensor:
+    """Flip columns so that each one's entry of largest magnitude is positive; U is (d, r)."""
+    rows = U.abs().argmax(dim=0, keepdim=True)
+    signs = torch.sign(U.gather(0, rows))
+    return U * torch.where(signs == 0, torch.ones_like(signs), signs)
+
+
+def captured_energy(W: Tensor, C: Tensor | None, U: Tensor, *, exponent: float, lam: float) -> float:
+    """E(U) = ‖Uᵀ W (C + λI)^a‖_F, what a subspace holds of the layer; smaller is better for the small end."""
+    M = root(W.double(), C, exponent, lam)
+    return float((U.double().T @ M).norm())
+
+
+def factors(
+    W: Tensor, chosen: Subspace, *, scaling: float, balance: Literal["equal", "sigma"], exponent: float
+) -> tuple[Tensor, Tensor, int]:
+    """LoRA factors with s · B A = U_S U_Sᵀ W.
+
+    balance "equal": B = U D/√s, A = D⁻¹ UᵀW/√s with D_ii = ‖u_iᵀW‖^½, so column i of B is as long as row i of A.
+    balance "sigma": B = U Σ^½/√s, A = Σ^-½ UᵀW/√s, the papers' split with C = X Xᵀ/T.
+    A direction with ‖u_iᵀW‖ <= 1e-7 ‖W‖ gets a unit row of A and a zero column of B.
+
+    Args:
+        W: (d_out, d_in).
+        chosen: Its subspace.
+        scaling: s = alpha / r (or alpha / √r) that PEFT will apply.
+        balance: The split.
+        exponent: a; the spectral split of exponent 0 is the same formula with the singular values of W.
+
+    Returns:
+        A (r, d_in) and B (d_out, r), both fp32, and the number of dead directions.
+    """
+    U = chosen.U.to(W.device)
+    P = U.T @ W.double()
+    lengths = P.norm(dim=1)
+    dead = lengths <= 1e-7 * float(W.double().norm())
+    split = lengths.clone() if balance == "equal" else chosen.sigma.to(W.device).clone()
+    split[dead] = 1.0
+    D = split.sqrt()
+    A = P / D[:, None] / math.sqrt(scaling)
+    B = U * D / math.sqrt(scaling)
+    if bool(dead.any()):
+        A[dead] = _unit_rows(P, dead)
+        B[:, dead] = 0.0
+    return A.float().contiguous(), B.float().contiguous(), int(dead.sum())
+
+
+def _unit_rows(P: Tensor, dead: Tensor) -> Tensor:
+    rows = P[dead]
+    lengths = rows.norm(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    fallback = torch.randn(rows.shape, generator=generator, dtype=P.dtype).to(P.device)
+    rows = torch.where(lengths > 0, rows, fallback)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
+
+
+def _condition(spectrum: Tensor) -> float:
+    largest, smallest = float(spectrum[-1]), float(spectrum[0])
+    return math.inf if smallest <= 0 else largest / smallest

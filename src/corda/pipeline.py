@@ -1,0 +1,323 @@
+"""START READING HERE: one run, from a recipe to an adapter with its scores, one line a stage.
+
+    model + data -collect-> Context -plan-> Plan -attach, train-> adapter -evaluate-> Scores -export-> PEFT folder
+
+Every stage leaves an artifact with a fingerprint of all that it depends on. A stage whose artifact has the right
+fingerprint is not run again, so an interrupted run continues where it was, and a changed recipe redoes what the change
+concerns.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corda import adapter, artifact, exporting, models, training
+from corda.context import collect, store
+from corda.context.store import Context
+from corda.data.batches import calibration_set, encode
+from corda.errors import CheckError
+from corda.evaluation.evaluate import Scores, evaluate
+from corda.inputs import Inputs
+from corda.metering import Meter
+from corda.plan import plan as plans
+from corda.plan.plan import Plan
+from corda.progress import Progress, silent
+from corda.recipe import Recipe
+from corda.report.card import model_card
+from corda.report.page import write_page
+
+RESULTS = "results.json"
+STEP0_TOLERANCE = {torch.float32: 1e-5}
+_LOOSE = 2e-2
+
+
+def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> dict[str, Any]:
+    """Everything: collect, plan, train, evaluate before and after, export, report.
+
+    Args:
+        recipe: What to do.
+        progress: Shows how far each stage is.
+        reuse_from: Other runs' folders whose scores of the same base may be taken over.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        CordaError: bad input, before anything expensive; or a failed check.
+    """
+    with opened(recipe, progress, reuse_from) as stages:
+        stages.context()
+        stages.plan()
+        stages.before()
+        stages.trained()
+        stages.after()
+        stages.exported()
+        return stages.report()
+
+
+@contextmanager
+def opened(recipe: Recipe, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> Iterator[Stages]:
+    """The stages of a recipe that has been checked, with its output folder claimed and locked.
+
+    Raises:
+        CordaError: whatever `Inputs.check` finds, before anything is written.
+        ArtifactError: the folder is another run's, holds something else, or is in use.
+    """
+    stages = Stages(recipe, progress, reuse_from)
+    stages.inputs.check()
+    with artifact.claimed(recipe.output_dir, recipe.identity()):
+        yield stages
+
+
+class Stages:
+    """The stages of one run; each returns its artifact's content and runs what it needs first."""
+
+    def __init__(self, recipe: Recipe, progress: Progress, reuse_from: Sequence[Path] = ()) -> None:
+        self.recipe, self.progress, self.reuse_from = recipe, progress, reuse_from
+        self.inputs = Inputs(recipe)
+        self.folder = recipe.output_dir
+        self.meter = Meter()
+        self._live: PreTrainedModel | PeftModel | None = None  # the base, or the base with the adapter on it
+        self._context: Context | None = None
+        self._plan: Plan | None = None
+
+    def context(self) -> Context | None:
+        """Covariances of the calibration data; None for plain LoRA."""
+        if self.recipe.context_source() is None or self._context is not None:
+            return self._context
+        found = self._reusable("context")
+        if found is None:
+            r, options = self.recipe, self.recipe.context
+            with self.meter.stage("collect"):
+                chosen = calibration_set(
+                    self.inputs.context_records,
+                    self.inputs.tokenizer,
+                    template=r.data.template,
+                    max_length=r.data.max_length,
+                    samples=options.samples,
+                    tokens=options.tokens,
+                    pack_to=options.pack_to,
+                    seed=r.seed,
+                )
+                context = collect.collect_encoded(
+                    self._base(),
+                    chosen,
+                    self.inputs.targets,
+                    pad_token_id=collect.pad_id(self.inputs.tokenizer),
+                    batch_size=options.batch_size,
+                    response_only=options.positions == "response",
+                    skip_unseen=options.skip_unseen,
+                    progress=self.progress,
+                )
+            store.save(context, self.folder / "context", self.inputs.fingerprints["context"], self._costs("collect"))
+            found = artifact.read(self.folder / "context", "context", verify=False)
+        self._context = store.load(found)
+        return self._context
+
+    def plan(self) -> Plan:
+        """Ranks, spectra and initial factors."""
+        if self._plan is not None:
+            return self._plan
+        found = self._reusable("plan")
+        if found is None:
+            context = self.context()
+            with self.meter.stage("plan"):
+                plan = plans.make_plan(
+                    self._base(), context or self.inputs.targets, self.recipe.adapter, progress=self.progress
+                )
+            parents = {"context": self.inputs.fingerprints["context"]} if context else {}
+            found = plans.save(
+                plan, self.folder / "plan", self.inputs.fingerprints["plan"], parents, self._costs("plan")
+            )
+        self._plan = plans.load(found)
+        return self._plan
+
+    def before(self) -> Scores:
+        """Scores of the base model."""
+        found = self._reusable("before", *self.reuse_from)
+        return self._scores(found) if found else self._measure("before", self._base())
+
+    def trained(self) -> artifact.Artifact:
+        """The trained adapter, as a plain LoRA, with the training curve and the check at step 0."""
+        found = self._reusable("train")
+        if found is not None:
+            return found
+        r = self.recipe
+        model, step0 = self._attach()
+        encoded = [
+            encode(record, self.inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
+            for record in self.inputs.learn_records
+        ]
+        key = self.inputs.fingerprints["train"]
+        with self.meter.stage("train"):
+            curve = training.train(
+                model,
+                self.inputs.tokenizer,
+                encoded,
+                r.training,
+                folder=self.folder / "checkpoints",
+                fingerprint=key,
+                seed=r.seed,
+            )
+        parents = {"plan": self.inputs.fingerprints["plan"]}
+        with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
+            model.save_pretrained(str(temporary))
+            artifact.write_json(temporary / "curve.json", vars(curve))
+            extra.update(step0=step0, **self._costs("train"))
+        return artifact.read(self.folder / "train", "train", verify=False)
+
+    def after(self) -> Scores:
+        """Scores of the trained model."""
+        found = self._reusable("after")
+        return self._scores(found) if found else self._measure("after", self._tuned())
+
+    def exported(self) -> dict[str, Any]:
+        """The adapter as other tools load it, compared after reload."""
+        r = self.recipe
+        if r.export.format == "none":
+            return {}
+        marker = self.folder / "export.json"
+        key = self.inputs.fingerprints["export"]
+        if marker.is_file() and (self.folder / "adapter" / "adapter_config.json").is_file():
+            known = json.loads(marker.read_text(encoding="utf-8"))
+            if known.get("fingerprint") == key and known["sha256"] == self._adapter_hash():
+                return dict(known)
+        model = self._tuned()
+        with self.meter.stage("export"):
+            done = exporting.export(
+                model,
+                self.folder / "adapter",
+                fresh_base=lambda: models.load(r.model).model,
+                probe=self._probe(),
+                tolerance=r.export.tolerance,
+                card=model_card(r, self.plan(), self.inputs.source),
+            )
+        result = done.as_json() | {"fingerprint": key, "sha256": self._adapter_hash(), **self._costs("export")}
+        artifact.write_json(marker, result)
+        return result
+
+    def report(self) -> dict[str, Any]:
+        """results.json and the page, from the artifacts."""
+        r, plan = self.recipe, self.plan()
+        trained, exported = self.trained(), self.exported()
+        before, after = self.before(), self.after()
+        curve = json.loads(trained.path("curve.json").read_text(encoding="utf-8"))
+        costs = [trained.manifest["costs"], exported.get("costs", {})]
+        costs += [
+            artifact.read(self.folder / k, k, verify=False).manifest["costs"] for k in ("plan", "before", "after")
+        ]
+        if self.recipe.context_source():
+            costs.append(artifact.read(self.folder / "context", "context", verify=False).manifest["costs"])
+        results = {
+            "schema": artifact.SCHEMA,
+            "recipe": r.as_json(),
+            "model": {
+                "name": r.model.model_name_or_path,
+                "fingerprint": models.identity(self.inputs.source, r.model),
+                "note": self.inputs.source.note,
+            },
+            "plan": plan.as_json(),
+            "step0": trained.manifest["step0"],
+            "train": curve | {"steps": curve["step"][-1] if curve["step"] else 0},
+            "scores": {"before": _flat(before), "after": _flat(after)},
+            "answers": {"before": dict(before.answers), "after": dict(after.answers)},
+            "export": {k: v for k, v in exported.items() if k not in {"costs", "sha256", "fingerprint"}},
+            "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
+            "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
+            "warnings": list(plan.warnings),
+            "provenance": artifact.provenance(),
+        }
+        artifact.write_json(self.folder / RESULTS, results)
+        write_page([self.folder], self.folder / "report.html")
+        return results
+
+    def _base(self) -> PreTrainedModel:
+        if self._live is None or isinstance(self._live, PeftModel):
+            self._live = None
+            gc.collect()
+            self._live = models.load(self.recipe.model).model
+        return self._live
+
+    def _attach(self) -> tuple[PeftModel, dict[str, Any]]:
+        plan, base = self.plan(), self._base()
+        probe = self._probe()
+        reference = exporting.probe_logits(base, probe)
+        dtype = base.dtype
+        model = adapter.attach(base, plan, base=self.recipe.adapter.base, seed=self.recipe.seed)
+        self._live = model
+        differences = {}
+        for mode in ("eval", "train"):
+            model.train(mode == "train")
+            differences[mode] = adapter.relative_difference(exporting.probe_logits(model, probe), reference)
+        model.eval()
+        largest = max(differences.values())
+        tolerance = STEP0_TOLERANCE.get(dtype, _LOOSE)
+        if not largest <= tolerance:
+            raise CheckError(
+                "the adapter changes the model before training",
+                where="step 0",
+                got=f"relative logit difference {largest:.2g}",
+                expected=f"at most {tolerance:.2g}",
+                fix="use base: intact, or a float32 model",
+            )
+        return model, {"max_relative_logit_difference": largest, **differences}
+
+    def _tuned(self) -> PeftModel:
+        trained = self.trained()
+        if not isinstance(self._live, PeftModel):
+            model, _ = self._attach()
+            model.load_adapter(str(trained.folder), adapter.TRAINED)
+        assert isinstance(self._live, PeftModel)
+        return self._live
+
+    def _measure(self, name: str, model: PreTrainedModel | PeftModel) -> Scores:
+        model.eval()
+        with self.meter.stage(name):
+            scores = evaluate(model, self.inputs.tokenizer, self.inputs.tasks, self.recipe, self.progress)
+        with artifact.writing(self.folder / name, name, self.inputs.fingerprints[name]) as (temporary, extra):
+            artifact.write_json(temporary / "scores.json", scores.as_json())
+            extra.update(self._costs(name))
+        return scores
+
+    def _scores(self, found: artifact.Artifact) -> Scores:
+        return Scores.from_json(json.loads(found.path("scores.json").read_text(encoding="utf-8")))
+
+    def _reusable(self, kind: str, *elsewhere: Path) -> artifact.Artifact | None:
+        own = artifact.reusable(self.folder / kind, kind, self.inputs.fingerprints[kind])
+        if own is not None:
+            return own
+        for folder in elsewhere:
+            found = artifact.reusable(folder / kind, kind, self.inputs.fingerprints[kind])
+            if found is not None:
+                return artifact.copy(found, self.folder / kind)
+        return None
+
+    def _costs(self, stage: str) -> dict[str, Any]:
+        cost = {"seconds": self.meter.seconds[stage], "peak_bytes": self.meter.peak_bytes[stage]}
+        return {"costs": {stage: cost}}
+
+    def _probe(self) -> dict[str, Tensor]:
+        rows = [
+            encode(record, self.inputs.tokenizer, template=self.recipe.data.template, max_length=64)
+            for record in self.inputs.learn_records[:4]
+        ]
+        width = min(len(row) for row in rows)
+        ids = torch.tensor([row.ids[:width] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _adapter_hash(self) -> str:
+        return artifact.file_hash(self.folder / "adapter" / "adapter_model.safetensors")
+
+
+def _flat(scores: Scores) -> dict[str, Any]:
+    return {name: score.as_json() for name, score in scores.values.items()}

@@ -1,0 +1,1 @@
+"""From covariances to a plan (ranks, spectra) and its factors."""

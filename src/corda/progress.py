@@ -1,0 +1,35 @@
+"""Progress bars with the time left, on a terminal; nothing elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """Wraps an iterable and shows how far it is."""
+
+    def __call__(self, items: Iterable[T], what: str, total: int) -> Iterable[T]:
+        """Yield the items of `items`, of which there are `total`."""
+
+
+def silent(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """No display."""
+    return items
+
+
+def shown(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """A bar on stderr while the items are consumed, where stderr is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        yield from bar.track(items, total=total, description=what)

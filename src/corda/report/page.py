@@ -1,0 +1,417 @@
+"""One self-contained HTML page from the artifacts of one or several runs. It needs no model and no network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from plotly.offline import get_plotlyjs
+from safetensors.numpy import load_file
+
+from corda import artifact
+from corda.errors import ArtifactError
+from corda.report import figures
+from corda.report.figures import Run, percent
+from corda.report.table import short_name
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_SAMPLES, _TEXT, _LAYERS = 12, 1200, 400  # shown per task, characters of each text, rows of all layer tables
+_STAGES = ("collect", "plan", "before", "train", "after", "export")
+_SECTIONS = ("model", "data", "context", "adapter", "training", "evaluation", "export", "seed", "output_dir")
+
+
+@dataclass(frozen=True)
+class _Metric:
+    label: str
+    short: str
+    better: int  # the sign of an improvement
+    factor: float = 1
+    digits: int = 3
+
+
+_METRICS = {
+    "answer_loss": _Metric("loss, nats per token", "loss", -1),
+    "perplexity": _Metric("perplexity", "perplexity", -1, digits=2),
+    "exact_match": _Metric("exact match, %", "exact match in %", 1, 100, 1),
+    "accuracy": _Metric("accuracy, %", "accuracy in %", 1, 100, 1),
+}
+_VERBS = {
+    "learn": {1: "learnt {}", 0: "did not measurably learn {}", -1: "got worse at {}"},
+    "keep": {1: "improved on {}", 0: "kept {} within error", -1: "forgot some of {}"},
+}
+
+
+def write_page(runs: Sequence[Path], path: Path) -> None:
+    """Write the report of one run, or of several side by side; it appears whole or not at all.
+
+    Args:
+        runs: Folders with results.json, and plan/spectra.safetensors where there are spectra.
+        path: The HTML file to write.
+
+    Raises:
+        ArtifactError: a folder has no readable results.json, or none is given.
+        ResourceError: no space.
+    """
+    text = _page(_read(runs))
+    artifact.need_disk(path.parent, len(text))
+    artifact.make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(folders: Sequence[Path]) -> list[Run]:
+    if not folders:
+        raise ArtifactError("there is no run to report on", expected="the folder of a finished run")
+    results = []
+    for folder in folders:
+        try:
+            results.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ArtifactError("there is no finished run here", where=str(folder), fix="run the recipe") from None
+        except ValueError:
+            raise ArtifactError("results.json is not JSON", where=str(folder), fix="run the report stage") from None
+    names = [short_name(result) for result in results]
+    if max(Counter(names).values()) > 1:
+        names = [f"{name} ({folder.resolve().name})" for name, folder in zip(names, folders, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} {i}" for i, name in enumerate(names, 1)]
+    spectra = [folder / "plan" / "spectra.safetensors" for folder in folders]
+    return [
+        Run(name, result, load_file(file) if file.is_file() else {})
+        for name, result, file in zip(names, results, spectra, strict=True)
+    ]
+
+
+def _page(runs: Sequence[Run]) -> str:
+    assets = files("corda.report")
+    methods, models = _join([run.label for run in runs]), _join([run.results["model"]["name"] for run in runs])
+    title = escape(f"{methods} on {models}")
+    notes = [run.results["model"]["note"] for run in runs if run.results["model"].get("note")]
+    body = [
+        f"<h1>{title}</h1>",
+        f'<p class="quiet">Base model {escape(models)}{escape("; " + _join(notes)) if notes else ""}.</p>',
+        f'<ul class="statements">{"".join(f"<li>{_statement(run)}</li>" for run in runs)}</ul>',
+        _scores(runs),
+        _section("Training", _figure("training", figures.training_curves(runs), "Training loss; faint: as logged")),
+        _spectra(runs),
+        _layers(runs),
+        _answers(runs),
+        _section("Warnings", *_warnings(runs)),
+        _section("What was asked", *[_recipe(run, len(runs) == 1) for run in runs]),
+        _costs(runs),
+        _provenance(runs),
+    ]
+    return "".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f'<link rel="icon" href="data:,"><title>{title}</title>',
+            f"<style>{assets.joinpath('style.css').read_text(encoding='utf-8')}</style></head><body><main>\n",
+            "\n".join(body),
+            "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript></main>",
+            f"<script>{get_plotlyjs()}</script><script>",
+            assets.joinpath("page.js").read_text(encoding="utf-8"),
+            "</script></body></html>\n",
+        ]
+    )
+
+
+def _statement(run: Run) -> str:
+    """What was learnt and what was forgotten, in one sentence."""
+    clauses, seen = [], set()
+    tasks = run.results["recipe"]["evaluation"]["tasks"]
+    for key, before in sorted(run.results["scores"]["before"].items(), key=lambda item: _order(item[0], run)):
+        task, metric = _parts(key)
+        after = run.results["scores"]["after"].get(key)
+        if task in seen or after is None:
+            continue
+        seen.add(task)
+        m, side = _metric(metric), tasks[task]["measures"]
+        values = f"{_number(before['value'], m)} → {_number(after['value'], m)}"
+        clauses.append(
+            f"{_VERBS[side][_verdict(before, after, m)].format(escape(task))}"
+            f" ({escape(m.short)} {values}, {_difference(before, after, m)})"
+        )
+    return f"<strong>{escape(run.label)}</strong> {_join(clauses)}." if clauses else f"{escape(run.label)}: no scores."
+
+
+def _scores(runs: Sequence[Run]) -> str:
+    keys = dict.fromkeys(
+        key for run in runs for key in sorted(run.results["scores"]["before"], key=lambda k: _order(k, run))
+    )
+    rows = []
+    for key in keys:
+        task, metric = _parts(key)
+        m = _metric(metric)
+        having = [run for run in runs if key in run.results["scores"]["before"]]
+        base = having[0].results["scores"]["before"][key]
+        side = having[0].results["recipe"]["evaluation"]["tasks"][task]["measures"]
+        facts = f"{m.label}; to {side}; {base['n']} records"
+        cells = [f"<th>{escape(task)}<small>{escape(facts)}</small></th>", _cell(_value(base, m))]
+        for run in runs:
+            own = run.results["scores"]["before"].get(key)
+            after = run.results["scores"]["after"].get(key)
+            if own is None or after is None:
+                cells.append(_cell("not measured"))
+                continue
+            verdict = _verdict(own, after, m)
+            arrow = {1: "↑", 0: "=", -1: "↓"}[_sign(after["value"] - own["value"])]
+            kind = {1: "better", 0: "", -1: "worse"}[verdict]
+            change = f"{arrow} {_difference(own, after, m)} {kind or 'unclear'}"
+            from_own = f"<small>from {_value(own, m)}</small>" if own["value"] != base["value"] else ""
+            cells.append(_cell(f'{_value(after, m)}<small class="{kind}">{change}</small>{from_own}'))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = ["held-out task", "base", *[run.label for run in runs]]
+    note = (
+        "Mean ± standard error. Below it the change from the base; its error treats both as independent, although they "
+        "share their records, so it is rather too large. A change within two of its errors is called unclear."
+    )
+    return _section("Scores", _table(head, rows), f'<p class="quiet">{note}</p>')
+
+
+def _spectra(runs: Sequence[Run]) -> str:
+    if not any(run.spectra for run in runs):
+        return ""
+    return _section(
+        "Spectra",
+        "<p>Singular values of W C<sup>a</sup>, the weight as the context's activations see it. "
+        "KPM adapts the smallest, which matter least to the knowledge to keep; IPM the largest, which matter most "
+        "to the task.</p>",
+        '<div class="picker"><label>Layer <select id="layer"></select></label>'
+        '<label><input type="checkbox" id="log-components"> logarithmic component axis</label></div>'
+        '<p class="quiet" id="layer-facts"></p>',
+        _figure("spectrum", figures.spectrum(runs), "Line: frozen components; open markers: adapted ones"),
+        _json("spectra-data", json.dumps(figures.spectra_data(runs), separators=(",", ":"))),
+    )
+
+
+def _layers(runs: Sequence[Run]) -> str:
+    parts = []
+    for i, run in enumerate(runs):
+        ranks = sorted({layer["rank"] for layer in run.layers})
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}" if ranks else "none"
+        count = f"{run.results['plan']['trainable_parameters']:,} trained parameters"
+        parts.append(f"<h3>{escape(run.label)}</h3><p>{len(run.layers)} layers, {span}, {count}.</p>")
+        maps = [_figure(f"rank{i}", figures.layer_map(run, "rank"), "Rank")]
+        if any(layer["energy"] for layer in run.layers):
+            maps.append(_figure(f"energy{i}", figures.layer_map(run, "energy"), "Share of the energy ‖W Cᵃ‖² adapted"))
+        parts.append(f'<div class="maps">{"".join(maps)}</div>')
+        rows = [_layer_row(layer) for layer in run.layers[: _LAYERS // len(runs)]]
+        head = [
+            "layer",
+            "shape",
+            "rank",
+            "energy adapted",
+            "tokens",
+            "damping",
+            "condition",
+            "solver",
+            "‖A‖/‖B‖",
+            "dead",
+        ]
+        more = "<p>More are in plan/plan.json.</p>" if len(run.layers) > len(rows) else ""
+        parts.append(f"<details><summary>Every layer</summary>{_table(head, rows)}{more}</details>")
+    return _section("Adapted layers", *parts)
+
+
+def _layer_row(layer: Mapping[str, Any]) -> str:
+    values = [
+        " × ".join(str(size) for size in layer["shape"]),
+        str(layer["rank"]),
+        percent(layer["energy"]),
+        f"{layer['tokens']:,}",
+        f"{layer['damping']:.3g}",
+        f"{layer['condition']:.3g}" if layer["condition"] >= 0 else "unknown",
+        layer["solver"],
+        f"{layer['norm_ratio']:.3g}",
+        str(layer["dead"]),
+    ]
+    return f"<tr><th>{escape(layer['name'])}</th>{''.join(_cell(escape(value)) for value in values)}</tr>"
+
+
+def _answers(runs: Sequence[Run]) -> str:
+    tasks = dict.fromkeys(task for run in runs for task in run.results["answers"]["after"])
+    parts = []
+    for task in tasks:
+        parts.append(f"<h3>{escape(task)}</h3>")
+        columns: list[tuple[str, list[dict[str, Any]]]] = []
+        for run in runs:
+            answers = run.results["answers"]
+            if not columns and task in answers["before"]:
+                columns.append(("Base", answers["before"][task]))
+            columns.append((run.label, answers["after"].get(task, [])))
+        prompts = {a["prompt"]: a["expected"] for _, answers in columns for a in answers}
+        for prompt, expected in list(prompts.items())[:_SAMPLES]:
+            told = [(who, next((a for a in answers if a["prompt"] == prompt), None)) for who, answers in columns]
+            accepted = _clip(" / ".join(expected[:4]) + (" / …" if len(expected) > 4 else ""))
+            parts.append(
+                f'<div class="sample"><p class="question">{_clip(prompt)}</p><p class="quiet">Expected: {accepted}</p>'
+                f'<div class="answers">{"".join(_answer(who, answer) for who, answer in told if answer)}</div></div>'
+            )
+        if len(prompts) > _SAMPLES:
+            parts.append(f"<p>{len(prompts) - _SAMPLES} more are in results.json.</p>")
+    return _section("Answers", *parts) if parts else ""
+
+
+def _answer(who: str, answer: Mapping[str, Any]) -> str:
+    verdict = '<span class="better">right</span>' if answer["right"] else '<span class="worse">wrong</span>'
+    text = _clip(answer["generated"]) if answer["generated"].strip() else '<span class="quiet">(nothing)</span>'
+    return f'<div><div class="who">{escape(who)}: {verdict}</div><div class="text">{text}</div></div>'
+
+
+def _warnings(runs: Sequence[Run]) -> Iterable[str]:
+    for run in runs:
+        texts = dict.fromkeys([*run.results["warnings"], *run.results["plan"]["warnings"]])
+        items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+        yield f"<p>{escape(run.label)}: {'' if items else 'none.'}</p>" + (f"<ul>{items}</ul>" if items else "")
+
+
+def _recipe(run: Run, opened: bool) -> str:
+    recipe = run.results["recipe"]
+    ordered = {key: recipe[key] for key in (*_SECTIONS, *recipe) if key in recipe}
+    text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+    return (
+        f"<details{' open' if opened else ''}><summary>{escape(run.label)}: recipe and command</summary><div>"
+        f"<p>Save this as recipe.yaml and run</p><pre>corda run recipe.yaml</pre><pre>{escape(text)}</pre>"
+        "</div></details>"
+    )
+
+
+def _costs(runs: Sequence[Run]) -> str:
+    used = {stage for run in runs for stage in run.results["timing"]}
+    rows = []
+    for stage in [*[s for s in _STAGES if s in used], *sorted(used - set(_STAGES))]:
+        cells = [
+            _cell(f"{_duration(r['timing'][stage])}<small>{_size(r['memory'].get(stage))}</small>")
+            if stage in (r := run.results)["timing"]
+            else _cell("–")
+            for run in runs
+        ]
+        rows.append(f"<tr><th>{escape(stage)}</th>{''.join(cells)}</tr>")
+    totals = [_cell(_duration(sum(run.results["timing"].values()))) for run in runs]
+    rows.append(f"<tr><th>all</th>{''.join(totals)}</tr>")
+    return _section("Time and peak memory", _table(["stage", *[run.label for run in runs]], rows))
+
+
+def _provenance(runs: Sequence[Run]) -> str:
+    facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "base model": lambda r: r["model"]["name"],
+        "its fingerprint": lambda r: json.dumps(r["model"]["fingerprint"]).strip('"'),
+        "optimiser steps": lambda r: r["train"]["steps"],
+        "logit difference at step 0, relative": lambda r: f"{r['step0']['max_relative_logit_difference']:.2g}",
+        "export": lambda r: r["export"].get("format", "none"),
+        "logit difference after reload, relative": lambda r: (
+            f"{r['export']['max_relative_logit_difference']:.2g}" if r["export"] else "–"
+        ),
+        "schema": lambda r: r["schema"],
+    }
+    for key in dict.fromkeys(key for run in runs for key in run.results["provenance"] if key != "packages"):
+        facts[key] = lambda r, key=key: r["provenance"].get(key, "–")  # type: ignore[misc]
+    for key in dict.fromkeys(key for run in runs for key in run.results["provenance"].get("packages", {})):
+        facts[key] = lambda r, key=key: r["provenance"].get("packages", {}).get(key, "–")  # type: ignore[misc]
+    rows = [
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(str(get(run.results)))}</td>' for run in runs)}</tr>"
+        for name, get in facts.items()
+    ]
+    return _section("Provenance", _table(["", *[run.label for run in runs]], rows, numbers=False))
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _table(head: Sequence[str], rows: Sequence[str], *, numbers: bool = True) -> str:
+    kind = ' class="number"' if numbers else ""
+    cells = "".join(f"<th{kind if i else ''}>{escape(text)}</th>" for i, text in enumerate(head))
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _cell(content: str) -> str:
+    return f'<td class="number">{content}</td>'
+
+
+def _figure(name: str, figure: Any, caption: str) -> str:
+    plot = f'<div id="{name}" data-figure="{name}-data" style="min-height:{figure.layout.height}px"></div>'
+    return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>{_json(f'{name}-data', figure.to_json())}"
+
+
+def _json(name: str, text: str) -> str:
+    safe = text.replace("<", "\\u003c")  # so that no content can end the script element
+    return f'<script type="application/json" id="{name}">{safe}</script>'
+
+
+def _parts(key: str) -> tuple[str, str]:
+    task, _, metric = key.rpartition("/")
+    return task, metric
+
+
+def _order(key: str, run: Run) -> tuple[bool, str, int]:
+    task, metric = _parts(key)
+    keep = run.results["recipe"]["evaluation"]["tasks"][task]["measures"] == "keep"
+    return keep, task, list(_METRICS).index(metric) if metric in _METRICS else len(_METRICS)
+
+
+def _metric(name: str) -> _Metric:
+    return _METRICS.get(name, _Metric(name, name, 0))
+
+
+def _number(value: float, m: _Metric) -> str:
+    return f"{value * m.factor:.{m.digits}f}" if math.isfinite(value) else "unknown"
+
+
+def _value(score: Mapping[str, Any], m: _Metric) -> str:
+    return f"{_number(score['value'], m)} ± {_number(score['stderr'], m)}"
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any], m: _Metric) -> str:
+    change, error = after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
+    sign = "−" if change < 0 else "+"
+    return f"{sign}{_number(abs(change), m)} ± {_number(error, m)}"
+
+
+def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], m: _Metric) -> int:
+    """1 better, -1 worse, 0 within two standard errors of the difference."""
+    change, error = after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
+    return 0 if not abs(change) > 2 * error else m.better * _sign(change)
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _join(words: Iterable[str]) -> str:
+    *most, last = dict.fromkeys(words)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _clip(text: str) -> str:
+    return escape(text if len(text) <= _TEXT else f"{text[:_TEXT]} …")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+    )
+
+
+def _size(count: float | None) -> str:
+    return "–" if count is None else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,47 @@
+"""The scores of one or several runs as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+_LABELS = {
+    "answer_loss": "loss (nats/token)",
+    "exact_match": "exact match %",
+    "perplexity": "perplexity",
+    "accuracy": "accuracy %",
+}
+_SHORT = {"kpm": "CorDA-KPM", "ipm": "CorDA-IPM", "lora": "LoRA"}
+_PERCENT = {"exact_match", "accuracy"}
+
+
+def short_name(results: dict[str, Any]) -> str:
+    """Method of a run in a word."""
+    return _SHORT[results["plan"]["mode"]]
+
+
+def format_score(metric: str, score: dict[str, Any]) -> str:
+    """Value ± standard error in the metric's unit."""
+    factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
+    return f"{score['value'] * factor:.{digits}f} ± {score['stderr'] * factor:.{digits}f}"
+
+
+def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """Base and every run, a row per task and metric; the runs share their base and tasks."""
+    table = Table(title="Held-out scores, mean ± standard error", title_justify="left")
+    table.add_column("task")
+    table.add_column("measures")
+    table.add_column("metric")
+    table.add_column("n", justify="right")
+    table.add_column("base", justify="right")
+    for results in runs:
+        table.add_column(short_name(results), justify="right")
+    first = runs[0]
+    for key, score in first["scores"]["before"].items():
+        task, _, metric = key.partition("/")
+        side = "to learn" if first["recipe"]["evaluation"]["tasks"][task]["measures"] == "learn" else "to keep"
+        cells = [format_score(metric, run["scores"]["after"][key]) for run in runs]
+        table.add_row(task, side, _LABELS[metric], str(score["n"]), format_score(metric, score), *cells)
+    return table

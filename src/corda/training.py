@@ -1,0 +1,128 @@
+"""Training: a thin call of TRL's SFTTrainer on records that are tokens already."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from corda import artifact
+from corda.data.batches import Encoded
+from corda.errors import DataError
+from corda.recipe import TrainingOptions
+
+_OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16"}
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What training logged.
+
+    Attributes:
+        loss: Mean loss per response token of each logged step, in nats.
+        step: The optimiser steps they belong to.
+        learning_rate: At those steps.
+        seconds: Wall-clock time of the training loop.
+    """
+
+    loss: tuple[float, ...]
+    step: tuple[int, ...]
+    learning_rate: tuple[float, ...]
+    seconds: float
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    options: TrainingOptions,
+    *,
+    folder: Path,
+    fingerprint: str,
+    seed: int = 0,
+) -> Curve:
+    """Train the model's adapter in place, on the loss of response tokens.
+
+    Args:
+        model: From `attach`.
+        tokenizer: Its tokenizer.
+        encoded: Training records.
+        options: TRL's fields.
+        folder: For checkpoints and logs; a checkpoint there with the same fingerprint is continued.
+        fingerprint: Of everything the training depends on.
+        seed: Of the data order.
+
+    Raises:
+        DataError: no record has a response token.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {
+            "input_ids": list(one.ids),
+            "labels": [t if r else _IGNORED for t, r in zip(one.ids, one.response, strict=True)],
+        }
+        for one in encoded
+        if any(one.response)
+    ]
+    if not rows:
+        raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
+    resume = _checkpoint(folder, fingerprint) if options.resume_from_checkpoint else None
+    device = next(model.parameters()).device
+    passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
+    quiet = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device.type == "cpu",
+        bf16=_use_bf16(options, device),
+        max_length=None,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        disable_tqdm=quiet,
+        **passed,
+    )
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - start
+    model.eval()
+    logged: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Curve(
+        tuple(float(e["loss"]) for e in logged),
+        tuple(int(e["step"]) for e in logged),
+        tuple(float(e["learning_rate"]) for e in logged),
+        seconds,
+    )
+
+
+def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:
+    if options.bf16 is not None:
+        return options.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _checkpoint(folder: Path, fingerprint: str) -> str | None:
+    """The last checkpoint of this very training; checkpoints of another one are removed."""
+    owner = folder / "training.json"
+    known = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
+    if folder.exists() and known != {"fingerprint": fingerprint}:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(owner, {"fingerprint": fingerprint})
+    last: str | None = get_last_checkpoint(str(folder))
+    return last
