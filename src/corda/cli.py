@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 _errors = Console(stderr=True, soft_wrap=True, highlight=False)
 _debug = False
+_INTERRUPTED = 130
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file", metavar="RECIPE")]
 Overrides = Annotated[
@@ -38,7 +39,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSO
 def main() -> None:
     """Console script: exit code 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into this
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except CordaError as error:
         if _debug:
             raise
@@ -49,7 +53,7 @@ def main() -> None:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _errors.print("Interrupted. Finished stages are kept: run the same command again to continue.")
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             _errors.print(f"[bold red]Error[/] {error.format_message()}")

@@ -93,8 +93,8 @@ def spectrum(runs: Sequence[Run]) -> go.Figure:
             hovertemplate=hover,
         )
     figure.update_layout(_layout(420))
-    figure.update_xaxes(title="component, from the smallest singular value")
-    figure.update_yaxes(title="singular value", type="log", exponentformat="power", dtick=1)
+    figure.update_xaxes(title="component (1: the smallest)")
+    figure.update_yaxes(title="singular value", type="log", exponentformat="power", dtick=1, tickfont={"size": 10})
     return figure
 
 
@@ -184,7 +184,7 @@ def layer_map(run: Run, what: Literal["rank", "energy"]) -> go.Figure:
             colorbar=bar,
         )
     )
-    figure.update_layout(_layout(min(900, 130 + 15 * max(len(rows), 4))))
+    figure.update_layout(_layout(min(900, 130 + 12 * max(len(rows), 5))))
     figure.update_xaxes(type="category", showgrid=False, zeroline=False, tickangle=-45)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False, title="block")
     return figure

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import yaml
@@ -23,7 +24,6 @@ from corda.report import figures
 from corda.report.figures import Run, percent
 from corda.report.table import short_name
 
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _SAMPLES, _TEXT, _LAYERS = 12, 1200, 400  # shown per task, characters of each text, rows of all layer tables
 _STAGES = ("collect", "plan", "before", "train", "after", "export")
 _SECTIONS = ("model", "data", "context", "adapter", "training", "evaluation", "export", "seed", "output_dir")
@@ -47,6 +47,17 @@ _METRICS = {
 _VERBS = {
     "learn": {1: "learnt {}", 0: "did not measurably learn {}", -1: "got worse at {}"},
     "keep": {1: "improved on {}", 0: "kept {} within error", -1: "forgot some of {}"},
+}
+_LAYER_FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "shape": lambda layer: " × ".join(str(size) for size in layer["shape"]),
+    "rank": lambda layer: str(layer["rank"]),
+    "energy adapted": lambda layer: percent(layer["energy"]),
+    "tokens": lambda layer: f"{layer['tokens']:,}",
+    "damping": lambda layer: f"{layer['damping']:.3g}",
+    "condition": lambda layer: f"{layer['condition']:.3g}" if layer["condition"] >= 0 else "unknown",
+    "solver": lambda layer: str(layer["solver"]),
+    "‖A‖/‖B‖": lambda layer: f"{layer['norm_ratio']:.3g}",
+    "dead": lambda layer: str(layer["dead"]),
 }
 
 
@@ -96,37 +107,31 @@ def _read(folders: Sequence[Path]) -> list[Run]:
 
 
 def _page(runs: Sequence[Run]) -> str:
-    assets = files("corda.report")
     methods, models = _join([run.label for run in runs]), _join([run.results["model"]["name"] for run in runs])
-    title = escape(f"{methods} on {models}")
     notes = [run.results["model"]["note"] for run in runs if run.results["model"].get("note")]
+    title = escape(f"{methods} on {models}")
     body = [
         f"<h1>{title}</h1>",
         f'<p class="quiet">Base model {escape(models)}{escape("; " + _join(notes)) if notes else ""}.</p>',
         f'<ul class="statements">{"".join(f"<li>{_statement(run)}</li>" for run in runs)}</ul>',
         _scores(runs),
-        _section("Training", _figure("training", figures.training_curves(runs), "Training loss; faint: as logged")),
+        _section(
+            "Training", _figure("training", figures.training_curves(runs), "Faint: as logged; strong: running mean")
+        ),
         _spectra(runs),
         _layers(runs),
         _answers(runs),
-        _section("Warnings", *_warnings(runs)),
+        _section("Warnings", *[_warnings(run) for run in runs]),
         _section("What was asked", *[_recipe(run, len(runs) == 1) for run in runs]),
         _costs(runs),
         _provenance(runs),
     ]
-    return "".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<link rel="icon" href="data:,"><title>{title}</title>',
-            f"<style>{assets.joinpath('style.css').read_text(encoding='utf-8')}</style></head><body><main>\n",
-            "\n".join(body),
-            "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript></main>",
-            f"<script>{get_plotlyjs()}</script><script>",
-            assets.joinpath("page.js").read_text(encoding="utf-8"),
-            "</script></body></html>\n",
-        ]
+    template, style, script = (
+        files("corda.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "style.css", "page.js")
+    )
+    return Template(template).substitute(
+        title=title, style=style, body="\n".join(body), plotly=get_plotlyjs(), script=script
     )
 
 
@@ -178,7 +183,7 @@ def _scores(runs: Sequence[Run]) -> str:
     head = ["held-out task", "base", *[run.label for run in runs]]
     note = (
         "Mean ± standard error. Below it the change from the base; its error treats both as independent, although they "
-        "share their records, so it is rather too large. A change within two of its errors is called unclear."
+        "share their records, so it is usually too large. A change within two of its errors is called unclear."
     )
     return _section("Scores", _table(head, rows), f'<p class="quiet">{note}</p>')
 
@@ -201,46 +206,27 @@ def _spectra(runs: Sequence[Run]) -> str:
 
 def _layers(runs: Sequence[Run]) -> str:
     parts = []
+    drawn: dict[tuple[tuple[str, int], ...], str] = {}
     for i, run in enumerate(runs):
-        ranks = sorted({layer["rank"] for layer in run.layers})
-        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}" if ranks else "none"
+        ranks = tuple((layer["name"], layer["rank"]) for layer in run.layers)
+        low, high = min(rank for _, rank in ranks), max(rank for _, rank in ranks)
+        span = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        same = f" The same layers and ranks as {escape(drawn[ranks])}." if ranks in drawn else ""
         count = f"{run.results['plan']['trainable_parameters']:,} trained parameters"
-        parts.append(f"<h3>{escape(run.label)}</h3><p>{len(run.layers)} layers, {span}, {count}.</p>")
-        maps = [_figure(f"rank{i}", figures.layer_map(run, "rank"), "Rank")]
+        parts.append(f"<h3>{escape(run.label)}</h3><p>{len(run.layers)} layers, {span}, {count}.{same}</p>")
+        maps = [] if same else [_figure(f"rank{i}", figures.layer_map(run, "rank"), "Rank")]
+        drawn.setdefault(ranks, run.label)
         if any(layer["energy"] for layer in run.layers):
             maps.append(_figure(f"energy{i}", figures.layer_map(run, "energy"), "Share of the energy ‖W Cᵃ‖² adapted"))
         parts.append(f'<div class="maps">{"".join(maps)}</div>')
-        rows = [_layer_row(layer) for layer in run.layers[: _LAYERS // len(runs)]]
-        head = [
-            "layer",
-            "shape",
-            "rank",
-            "energy adapted",
-            "tokens",
-            "damping",
-            "condition",
-            "solver",
-            "‖A‖/‖B‖",
-            "dead",
+        rows = [
+            _row(layer["name"], [_cell(escape(show(layer))) for show in _LAYER_FACTS.values()])
+            for layer in run.layers[: _LAYERS // len(runs)]
         ]
         more = "<p>More are in plan/plan.json.</p>" if len(run.layers) > len(rows) else ""
-        parts.append(f"<details><summary>Every layer</summary>{_table(head, rows)}{more}</details>")
+        table = _table(["layer", *_LAYER_FACTS], rows)
+        parts.append(f"<details><summary>Every layer</summary>{table}{more}</details>")
     return _section("Adapted layers", *parts)
-
-
-def _layer_row(layer: Mapping[str, Any]) -> str:
-    values = [
-        " × ".join(str(size) for size in layer["shape"]),
-        str(layer["rank"]),
-        percent(layer["energy"]),
-        f"{layer['tokens']:,}",
-        f"{layer['damping']:.3g}",
-        f"{layer['condition']:.3g}" if layer["condition"] >= 0 else "unknown",
-        layer["solver"],
-        f"{layer['norm_ratio']:.3g}",
-        str(layer["dead"]),
-    ]
-    return f"<tr><th>{escape(layer['name'])}</th>{''.join(_cell(escape(value)) for value in values)}</tr>"
 
 
 def _answers(runs: Sequence[Run]) -> str:
@@ -273,11 +259,10 @@ def _answer(who: str, answer: Mapping[str, Any]) -> str:
     return f'<div><div class="who">{escape(who)}: {verdict}</div><div class="text">{text}</div></div>'
 
 
-def _warnings(runs: Sequence[Run]) -> Iterable[str]:
-    for run in runs:
-        texts = dict.fromkeys([*run.results["warnings"], *run.results["plan"]["warnings"]])
-        items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-        yield f"<p>{escape(run.label)}: {'' if items else 'none.'}</p>" + (f"<ul>{items}</ul>" if items else "")
+def _warnings(run: Run) -> str:
+    texts = dict.fromkeys([*run.results["warnings"], *run.results["plan"]["warnings"]])
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f"<p>{escape(run.label)}:</p><ul>{items}</ul>" if items else f"<p>{escape(run.label)}: none.</p>"
 
 
 def _recipe(run: Run, opened: bool) -> str:
@@ -292,42 +277,37 @@ def _recipe(run: Run, opened: bool) -> str:
 
 
 def _costs(runs: Sequence[Run]) -> str:
-    used = {stage for run in runs for stage in run.results["timing"]}
+    used = dict.fromkeys(stage for run in runs for stage in run.results["timing"])
     rows = []
-    for stage in [*[s for s in _STAGES if s in used], *sorted(used - set(_STAGES))]:
-        cells = [
-            _cell(f"{_duration(r['timing'][stage])}<small>{_size(r['memory'].get(stage))}</small>")
-            if stage in (r := run.results)["timing"]
-            else _cell("–")
-            for run in runs
-        ]
-        rows.append(f"<tr><th>{escape(stage)}</th>{''.join(cells)}</tr>")
-    totals = [_cell(_duration(sum(run.results["timing"].values()))) for run in runs]
-    rows.append(f"<tr><th>all</th>{''.join(totals)}</tr>")
+    for stage in [*[s for s in _STAGES if s in used], *[s for s in used if s not in _STAGES]]:
+        costs = [(run.results["timing"].get(stage), run.results["memory"].get(stage)) for run in runs]
+        rows.append(_row(stage, [_cell(f"{_duration(time)}<small>{_size(peak)}</small>") for time, peak in costs]))
+    rows.append(_row("all", [_cell(_duration(sum(run.results["timing"].values()))) for run in runs]))
     return _section("Time and peak memory", _table(["stage", *[run.label for run in runs]], rows))
 
 
 def _provenance(runs: Sequence[Run]) -> str:
-    facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "base model": lambda r: r["model"]["name"],
-        "its fingerprint": lambda r: json.dumps(r["model"]["fingerprint"]).strip('"'),
-        "optimiser steps": lambda r: r["train"]["steps"],
-        "logit difference at step 0, relative": lambda r: f"{r['step0']['max_relative_logit_difference']:.2g}",
-        "export": lambda r: r["export"].get("format", "none"),
-        "logit difference after reload, relative": lambda r: (
-            f"{r['export']['max_relative_logit_difference']:.2g}" if r["export"] else "–"
-        ),
-        "schema": lambda r: r["schema"],
-    }
-    for key in dict.fromkeys(key for run in runs for key in run.results["provenance"] if key != "packages"):
-        facts[key] = lambda r, key=key: r["provenance"].get(key, "–")  # type: ignore[misc]
-    for key in dict.fromkeys(key for run in runs for key in run.results["provenance"].get("packages", {})):
-        facts[key] = lambda r, key=key: r["provenance"].get("packages", {}).get(key, "–")  # type: ignore[misc]
+    columns = [_facts(run.results) for run in runs]
     rows = [
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(str(get(run.results)))}</td>' for run in runs)}</tr>"
-        for name, get in facts.items()
+        _row(name, [f"<td>{escape(str(facts.get(name, '–')))}</td>" for facts in columns])
+        for name in dict.fromkeys(name for facts in columns for name in facts)
     ]
     return _section("Provenance", _table(["", *[run.label for run in runs]], rows, numbers=False))
+
+
+def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(results["provenance"])
+    packages = made.pop("packages", {})
+    facts = {
+        "base model": results["model"]["name"],
+        "its fingerprint": results["model"]["fingerprint"],
+        "optimiser steps": results["train"]["steps"],
+        "relative logit difference at step 0": f"{results['step0']['max_relative_logit_difference']:.2g}",
+        "export": results["export"].get("format", "none"),
+    }
+    if results["export"]:
+        facts["relative logit difference after reload"] = f"{results['export']['max_relative_logit_difference']:.2g}"
+    return {**facts, **made, **packages, "schema of results.json": results["schema"]}
 
 
 def _section(title: str, *parts: str) -> str:
@@ -338,6 +318,10 @@ def _table(head: Sequence[str], rows: Sequence[str], *, numbers: bool = True) ->
     kind = ' class="number"' if numbers else ""
     cells = "".join(f"<th{kind if i else ''}>{escape(text)}</th>" for i, text in enumerate(head))
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
 
 
 def _cell(content: str) -> str:
@@ -402,16 +386,14 @@ def _clip(text: str) -> str:
     return escape(text if len(text) <= _TEXT else f"{text[:_TEXT]} …")
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{seconds:.1f} s"
-        if seconds < 60
-        else f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min {rest} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _size(count: float | None) -> str:
-    return "–" if count is None else f"{count / 1e9:.2f} GB"
+    return "" if count is None else f"{count / 1e9:.2f} GB"

@@ -1,0 +1,138 @@
+"""The command line as a user meets it: verbs, JSON, exit codes, one-paragraph errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from corda import cli
+
+
+@pytest.fixture
+def corda(monkeypatch, capsys):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["corda", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = int(done.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path):
+    path = write_recipe(raw_recipe)
+    code, out, _ = corda("run", path, "--dry-run", "--json")
+    assert code == 0
+    checked = json.loads(out)
+    assert checked["layers"] == 14
+    assert not (tmp_path / "run").exists()
+    code, out, _ = corda("collect", path, "--json")
+    assert code == 0
+    assert json.loads(out)["distinct_inputs"] == 8
+    code, out, _ = corda("plan", path, "--json")
+    assert json.loads(out)["trainable_parameters"] == checked["trainable_parameters"]
+    code, out, _ = corda("train", path, "--json")
+    assert json.loads(out)["step0"]["max_relative_logit_difference"] == 0
+    code, out, _ = corda("eval", path, "--json")
+    assert set(json.loads(out)) == {"before", "after"}
+    code, out, _ = corda("export", path, "--json")
+    assert json.loads(out)["format"] == "lora"
+    code, out, _ = corda("run", path, "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["mode"] == "kpm"
+    code, out, _ = corda("run", path)
+    assert "Held-out scores" in out
+    assert "report.html" in out
+    code, out, _ = corda("report", tmp_path / "run", "-o", tmp_path / "page.html")
+    assert code == 0
+    assert (tmp_path / "page.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.rnk=3"], "did you mean 'rank'"),
+        (["adapter.rank=three"], "adapter.rank"),
+        (["adapter.rank=30"], "larger than a layer allows"),
+        (["adapter.target_modules=[nothing]"], "matches no layer"),
+        (["data.keep=gone.jsonl"], "does not exist"),
+        (["data.keep=broken.jsonl"], "broken.jsonl, line 2"),
+        (["data.keep=empty.jsonl"], "empty"),
+        (["data.keep=odd.jsonl"], "fit no format"),
+        (["model.model_name_or_path=/nowhere/model"], "model folder does not exist"),
+        (["model.model_name_or_path=package:no_such_package"], "not installed"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_code_2(
+    corda, raw_recipe, write_recipe, data, tmp_path, overrides, message
+):
+    (data / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
+    (data / "empty.jsonl").write_text("")
+    (data / "odd.jsonl").write_text('{"foo": 1}\n')
+    path = write_recipe(raw_recipe)
+    code, out, err = corda("run", path, *[part for o in overrides for part in ("--set", o)])
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert len(err.strip().split("\n\n")) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_activations_and_a_failed_check_have_their_exit_codes(corda, raw_recipe, write_recipe, pico, tmp_path):
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    sick = tmp_path / "sick"
+    shutil.copytree(pico, sick)
+    model = AutoModelForCausalLM.from_pretrained(pico)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = float("inf")
+    model.save_pretrained(sick)
+    raw_recipe["model"]["model_name_or_path"] = str(sick)
+    code, _, err = corda("run", write_recipe(raw_recipe))
+    assert code == 2
+    assert "model.layers.1.self_attn.q_proj" in err
+
+
+def test_another_runs_folder(corda, raw_recipe, write_recipe, tmp_path):
+    path = write_recipe(raw_recipe)
+    assert corda("collect", path)[0] == 0
+    code, _, err = corda("collect", path, "--set", "adapter.mode=ipm")
+    assert code == 2
+    assert "belongs to another run" in err
+
+
+def test_an_interrupt_says_how_to_go_on(corda, raw_recipe, write_recipe, monkeypatch):
+    from corda import pipeline
+
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, _, err = corda("run", write_recipe(raw_recipe))
+    assert code == 130
+    assert "same command again" in err
+
+
+def test_usage_errors_and_version(corda):
+    code, _, err = corda("rnu", "x")
+    assert code == 2
+    assert "rnu" in err
+    code, out, _ = corda("--version")
+    assert code == 0
+    assert out.strip()
+    assert corda("report", "/nowhere")[0] == 2
+
+
+def test_an_unexpected_error_is_not_hidden(corda, raw_recipe, write_recipe, monkeypatch):
+    from corda import pipeline
+
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("bug")))
+    with pytest.raises(ZeroDivisionError):
+        corda("run", write_recipe(raw_recipe))

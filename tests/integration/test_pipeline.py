@@ -1,0 +1,191 @@
+"""Every stage on a pico model: artifacts, reuse, results, resuming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from corda import pipeline, training
+from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
+from corda.recipe import parse_recipe
+
+REQUIRED = {"schema", "recipe", "model", "plan", "step0", "train", "scores", "export", "timing", "memory", "provenance"}
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm", "lora"])
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_a_run_from_recipe_to_adapter(raw_recipe, pico, mode, base):
+    if (mode, base) == ("lora", "residual"):
+        pytest.skip("plain LoRA has no residual")
+    raw_recipe["adapter"] |= {"mode": mode, "base": base}
+    recipe = parse_recipe(raw_recipe)
+    results = pipeline.run(recipe)
+    folder = recipe.output_dir
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert set(results) >= REQUIRED
+    assert results["step0"]["max_relative_logit_difference"] <= 1e-5
+    assert results["export"]["max_relative_logit_difference"] <= 1e-5
+    assert len(results["train"]["loss"]) == results["train"]["steps"] == 3
+    assert results["plan"]["trainable_parameters"] == sum(
+        4 * sum(layer["shape"]) for layer in results["plan"]["layers"]
+    )
+    assert (
+        set(results["scores"]["before"])
+        == set(results["scores"]["after"])
+        == {"sums/answer_loss", "sums/exact_match", "things/answer_loss"}
+    )
+    before, after = (results["scores"][k]["sums/answer_loss"]["value"] for k in ("before", "after"))
+    assert after < before
+    stages = {"plan", "before", "train", "after", "export"} | ({"collect"} if mode != "lora" else set())
+    assert set(results["timing"]) == set(results["memory"]) == stages
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(folder / "adapter"))
+    assert loaded.peft_config["default"].r == (4 if mode == "lora" else 8)
+    assert (folder / "report.html").is_file()
+
+
+def count_work(monkeypatch):
+    calls: list[str] = []
+
+    def counted(module, name, label):
+        original = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            calls.append(label)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    counted(pipeline.collect, "collect_encoded", "collect")
+    counted(pipeline.plans, "make_plan", "plan")
+    counted(pipeline.training, "train", "train")
+    counted(pipeline, "evaluate", "evaluate")
+    counted(pipeline.exporting, "export", "export")
+    return calls
+
+
+def test_finished_stages_are_reused_and_changes_redo_what_they_concern(raw_recipe, monkeypatch):
+    calls = count_work(monkeypatch)
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == ["collect", "plan", "evaluate", "train", "evaluate", "export"]
+    calls.clear()
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == []
+    raw_recipe["training"]["learning_rate"] = 0.02
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == ["train", "evaluate", "export"]
+    calls.clear()
+    raw_recipe["adapter"]["rank"] = 3
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == ["plan", "train", "evaluate", "export"]
+    calls.clear()
+    raw_recipe["context"]["batch_size"] = 3
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == []
+    raw_recipe["context"]["samples"] = 12
+    pipeline.run(parse_recipe(raw_recipe))
+    assert calls == ["collect", "plan", "train", "evaluate", "export"]
+
+
+def test_scores_of_the_same_base_are_taken_over(raw_recipe, tmp_path, monkeypatch):
+    first = pipeline.run(parse_recipe(raw_recipe))
+    calls = count_work(monkeypatch)
+    raw_recipe["output_dir"] = str(tmp_path / "other")
+    raw_recipe["adapter"]["mode"] = "lora"
+    second = pipeline.run(parse_recipe(raw_recipe), reuse_from=[tmp_path / "run"])
+    assert calls.count("evaluate") == 1
+    assert second["scores"]["before"] == first["scores"]["before"]
+
+
+def test_an_interrupted_training_continues_from_its_checkpoint(raw_recipe, tmp_path, monkeypatch):
+    raw_recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    straight = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "straight")}))
+
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    import trl
+
+    original = trl.SFTTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trl.SFTTrainer, "__init__", lambda self, *a, **k: original(self, *a, callbacks=[Interrupt()], **k)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(parse_recipe(raw_recipe))
+    run = tmp_path / "run"
+    assert not (run / "train").exists()
+    assert (run / "checkpoints" / "checkpoint-4").is_dir()
+    resumed = pipeline.run(parse_recipe(raw_recipe))
+    assert resumed["train"]["step"] == straight["train"]["step"] == [1, 2, 3, 4, 5, 6]
+    assert resumed["train"]["loss"] == pytest.approx(straight["train"]["loss"], rel=1e-4)
+
+
+def test_checkpoints_of_another_training_are_not_continued(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert training._checkpoint(folder, "one") is None
+    (folder / "checkpoint-4").mkdir()
+    assert training._checkpoint(folder, "one") == str(folder / "checkpoint-4")
+    assert training._checkpoint(folder, "two") is None
+    assert not (folder / "checkpoint-4").exists()
+
+
+def test_an_interrupted_collect_leaves_nothing_to_trust(raw_recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.store, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(parse_recipe(raw_recipe))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "run.json"]
+    pipeline.run(parse_recipe(raw_recipe))
+
+
+def test_a_corrupted_artifact_is_never_used(raw_recipe, tmp_path):
+    pipeline.run(parse_recipe(raw_recipe))
+    file = tmp_path / "run" / "plan" / "factors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"corrupted artifact: factors\.safetensors"):
+        pipeline.run(parse_recipe(raw_recipe))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"adapter": {"target_modules": ["q_pro"]}}, TargetError, "did you mean q_proj"),
+        ({"adapter": {"rank": 30}}, PlanError, "at most 24"),
+        ({"data": {"keep": "none.jsonl"}}, DataError, "does not exist"),
+        ({"data": {"keep": "keep_test.jsonl"}}, DataError, "also in the calibration data"),
+        ({"data": {"learn": "learn_test.jsonl"}}, DataError, r"also in data\.learn"),
+    ],
+)
+def test_bad_input_is_found_before_a_model_is_loaded(raw_recipe, tmp_path, monkeypatch, change, error, message):
+    monkeypatch.setattr(pipeline.models, "load", lambda *_: pytest.fail("a model was loaded"))
+    for block, values in change.items():
+        raw_recipe[block] |= values
+    with pytest.raises(error, match=message):
+        pipeline.run(parse_recipe(raw_recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_changes_the_model_is_refused(raw_recipe, monkeypatch):
+    original = pipeline.adapter.attach
+
+    def broken(*args, **kwargs):
+        model = original(*args, **kwargs)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".lora_B.default" in name:
+                    p += 0.1
+        return model
+
+    monkeypatch.setattr(pipeline.adapter, "attach", broken)
+    with pytest.raises(CheckError, match="before training"):
+        pipeline.run(parse_recipe(raw_recipe))

@@ -1,0 +1,195 @@
+"""What breaks in PEFT's own CorDA, numbered as in docs/defects.md; each is a case that works here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from corda import linalg, pipeline
+from corda.adapter import attach, relative_difference
+from corda.context import collect as collecting
+from corda.context.collect import collect
+from corda.data.batches import batches, encode
+from corda.data.formats import to_records
+from corda.errors import CalibrationError, PlanError, TargetError
+from corda.plan.plan import make_plan
+from corda.recipe import parse_recipe
+from corda.targets import find_targets
+
+IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def encoded(texts, tokenizer):
+    return [encode(record, tokenizer) for record in to_records([{"text": text} for text in texts])]
+
+
+def test_defect_01_every_import_is_a_declared_dependency():
+    """Importing all of corda needs nothing that pyproject.toml does not name."""
+    import ast
+    from pathlib import Path
+
+    import corda
+
+    declared = {re.split(r"[\s;<>=\[~!]", r)[0].lower() for r in importlib.metadata.requires("corda-adapt") or []}
+    names = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+    allowed = {names.get(d, d) for d in declared} | set(sys.stdlib_module_names) | {"corda"}
+    for path in Path(corda.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module is None or node.module.split(".")[0] in allowed, (path, node.module)
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in allowed for alias in node.names), path
+    subprocess.run([sys.executable, "-c", "import corda.cli, corda.pipeline"], check=True)
+
+
+def test_defect_02_any_batch_size(model, tokenizer, texts):
+    one, two = (collect(model, tokenizer, texts, batch_size=size) for size in (1, 2))
+    for layer in one.layers:
+        a, b = one.covariance(layer.name), two.covariance(layer.name)
+        assert float((a - b).norm() / a.norm()) < 1e-6
+
+
+def test_defect_03_no_target_modules_given(model, tokenizer, texts):
+    assert len(collect(model, tokenizer, texts[:5]).layers) == 14
+
+
+def test_defect_04_all_linear(model, tokenizer, texts):
+    context = collect(model, tokenizer, texts[:5], target_modules="all-linear")
+    assert len(context.layers) == 14
+    attach(model, make_plan(model, context, rank=2))
+
+
+def test_defect_05_a_typo_in_target_modules(model):
+    with pytest.raises(TargetError, match="did you mean q_proj"):
+        find_targets(model, ["q_porj", "k_proj"])
+
+
+def test_defect_06_folders_are_made_before_the_work(raw_recipe, tmp_path):
+    raw_recipe["output_dir"] = str(tmp_path / "not" / "there" / "yet")
+    pipeline.run(parse_recipe(raw_recipe))
+    assert (tmp_path / "not" / "there" / "yet" / "context" / "covariances.safetensors").is_file()
+
+
+def test_defect_07_what_was_made_for_other_settings_is_not_reused(raw_recipe):
+    factors = []
+    for change in ({}, {"rank": 3}, {"exponent": 0.5}, {"damp": 0.1}):
+        raw_recipe["adapter"] |= change
+        with pipeline.opened(parse_recipe(raw_recipe)) as stages:
+            plan = stages.plan()
+            assert plan.layers[0].rank == raw_recipe["adapter"]["rank"]
+            factors.append(plan.factors["model.layers.0.mlp.down_proj"][0])
+    assert not torch.equal(factors[1], factors[2])
+    assert not torch.equal(factors[2], factors[3])
+
+
+def test_defect_08_left_padding_does_not_count(model, tokenizer, texts):
+    rows = encoded([texts[0]] + [t * 4 for t in texts[:1]], tokenizer)  # one row of the two is 75 % pads
+    layers = find_targets(model)
+    alone = collecting.collect_batches(model, batches(rows, 0, 1), layers)
+    padded = collecting.collect_batches(model, batches(rows, 0, 2, padding_side="left"), layers)
+    for layer in layers:
+        a, b = alone.covariance(layer.name), padded.covariance(layer.name)
+        assert float((a - b).norm() / a.norm()) < 1e-6
+
+
+def test_defect_09_a_layer_that_sees_no_token(model, tokenizer, texts, monkeypatch):
+    block = model.model.layers[1].mlp
+    monkeypatch.setattr(block, "forward", lambda x: block.down_proj(block.act_fn(block.gate_proj(x))))
+    with pytest.raises(CalibrationError, match=r"1 target layer saw no token.*layers\.1\.mlp\.up_proj"):
+        collect(model, tokenizer, texts[:3])
+    layers = find_targets(model)
+    context = collecting.collect_encoded(model, encoded(texts[:3], tokenizer), layers, pad_token_id=0, skip_unseen=True)
+    assert len(context.layers) == 13
+    assert any("left out" in warning for warning in context.warnings)
+
+
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_defect_11_save_and_load_on_the_base(model, pico, tokenizer, texts, tmp_path, base):
+    wrapped = attach(model, make_plan(model, collect(model, tokenizer, texts), rank=4), base=base)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if ".lora_B.default" in name:
+                p += 0.02
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    fresh = AutoModelForCausalLM.from_pretrained(pico)
+    assert relative_difference(logits(PeftModel.from_pretrained(fresh, str(tmp_path / "a"))), logits(wrapped)) < 1e-5
+
+
+def test_defect_12_disable_adapter_is_the_base(model, tokenizer, texts):
+    reference = logits(model)
+    wrapped = attach(model, make_plan(model, collect(model, tokenizer, texts), rank=4))
+    with wrapped.disable_adapter():
+        assert torch.equal(logits(wrapped), reference)
+
+
+def test_defect_13_too_few_tokens_is_said(model, tokenizer, texts):
+    plan = make_plan(model, collect(model, tokenizer, texts, tokens=20), rank=4)
+    assert any("few calibration tokens: 20" in warning for warning in plan.warnings)
+    assert all(0.5 < layer.norm_ratio < 2 for layer in plan.layers)  # balance equal keeps the factors alike
+
+
+def test_defect_15_train_mode_and_hooks_are_put_back(model, tokenizer, texts):
+    model.train()
+    collect(model, tokenizer, texts[:3])
+    assert model.training
+    assert all(m.training for m in model.modules())
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[0] = float("nan")
+    with pytest.raises(CalibrationError):
+        collect(model, tokenizer, texts[:3])
+    assert model.training
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_defect_17_the_smallest_components_are_the_smallest():
+    """A steep fp32 case: the usual fp32 route with an explicit inverse is far from the optimum, this one is not."""
+    g = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, 96, generator=g))[0] for d in (96, 160))
+    W = 30 * (U * torch.logspace(0, -6, 96)) @ V.T
+    X = torch.randn(160, 4000, generator=g) * torch.logspace(1.5, -1.5, 160)[:, None]
+    C = (X @ X.T / 4000).float()
+    lam = linalg.damping(C, 0.01)
+    found = linalg.subspace(W, C, 8, "smallest", exponent=1, lam=lam)
+    damped = C.double() + lam * torch.eye(160, dtype=torch.float64)
+    best = torch.linalg.svdvals(W.double() @ damped).sort().values[:8].norm()
+    ours = linalg.captured_energy(W, C, found.U, exponent=1, lam=lam) / float(best) - 1
+    usual = torch.linalg.svd(W @ damped.float(), full_matrices=False)[0][:, -8:]
+    theirs = linalg.captured_energy(W, C, usual, exponent=1, lam=lam) / float(best) - 1
+    assert ours < 1e-6
+    assert theirs > 1e-3
+
+
+def test_defect_18_damping_never_loops(model, tokenizer, texts):
+    from dataclasses import replace
+
+    context = collect(model, tokenizer, texts[:5])
+    sick = {group: packed.clone() for group, packed in context.packed.items()}
+    next(iter(sick.values()))[0] = float("nan")
+    with pytest.raises(PlanError, match="not finite"):
+        make_plan(model, replace(context, packed=sick), rank=2)
+
+
+def test_defect_19_no_normaliser_that_depends_on_the_batch(model, tokenizer, texts):
+    """C is a mean over tokens: collecting two halves and averaging by tokens gives the whole."""
+    rows = encoded(texts, tokenizer)
+    layers = find_targets(model, ["o_proj"])
+    whole, first, second = (
+        collecting.collect_batches(model, batches(part, 0, size), layers)
+        for part, size in ((rows, 4), (rows[:11], 1), (rows[11:], 7))
+    )
+    name = layers[0].name
+    t1, t2 = (c.tokens[c.groups[name]] for c in (first, second))
+    mixed = (t1 * first.covariance(name) + t2 * second.covariance(name)) / (t1 + t2)
+    assert float((mixed - whole.covariance(name)).norm() / mixed.norm()) < 1e-6

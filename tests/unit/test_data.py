@@ -1,0 +1,126 @@
+"""Sources and formats: what is read, how it becomes tokens, and what is said of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from corda.data.batches import calibration_set, encode, load_records
+from corda.data.formats import render, to_records
+from corda.data.sources import read_records
+from corda.errors import DataError
+from corda.recipe import DataSource
+
+FORMS = {
+    "qa": {"question": "Who?", "answer": ["Me", "I"]},
+    "alpaca": {"instruction": "Say", "input": "hi", "output": "hello"},
+    "prompt_completion": {"prompt": "1 2 3", "completion": " 4"},
+    "messages": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me"}]},
+    "text": {"text": "Once upon a time"},
+    "choice": {"context": "Snow is", "choices": ["white", "red"], "label": 0},
+}
+
+
+def source(path, **settings):
+    return DataSource(dataset=str(path), **settings)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_format_is_detected_and_marks_its_response(name, tokenizer):
+    record = to_records([FORMS[name]])[0]
+    segments = render(record, tokenizer, "plain")
+    response = "".join(s.text for s in segments if s.response)
+    expected = {"qa": " Me</s>", "alpaca": "\nhello</s>", "prompt_completion": " 4</s>", "text": "Once upon a time"}
+    expected |= {"messages": "Me</s>", "sharegpt": "Me</s>", "choice": " white</s>"}
+    assert response == expected[name]
+
+
+def test_encoding_is_the_tokens_of_the_text(tokenizer):
+    record = to_records([FORMS["qa"]])[0]
+    encoded = encode(record, tokenizer)
+    assert tokenizer.decode(encoded.ids) == "Question: Who?\nAnswer: Me</s>"
+    assert tokenizer.decode([t for t, r in zip(encoded.ids, encoded.response, strict=True) if r]) == " Me</s>"
+    assert len(encode(record, tokenizer, max_length=5)) == 5
+
+
+def test_chat_template_and_several_turns(tokenizer):
+    record = to_records([FORMS["qa"]])[0]
+    assert tokenizer.decode(encode(record, tokenizer, template="chat").ids) == "<|user|>Who?</s><|assistant|>Me</s>"
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    chat = to_records([{"messages": [{"role": r, "content": c} for r, c in turns]}])[0]
+    segments = render(chat, tokenizer, "plain")
+    assert [s.text for s in segments if s.response] == ["b</s>", "d</s>"]
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        render(chat, tokenizer, "plain")
+
+
+def test_shots_precede_and_do_not_count(tokenizer):
+    records = to_records([FORMS["qa"], {"question": "Where?", "answer": "Here"}])
+    encoded = encode(records[1], tokenizer, shots=records[:1])
+    assert tokenizer.decode(encoded.ids).startswith("Question: Who?\nAnswer: Me\n\nQuestion: Where?")
+    assert sum(encoded.response) == len(" Here") + 1
+
+
+def test_columns_are_mapped():
+    record = to_records([{"q": "Who?", "a": "Me"}], columns={"question": "q", "answer": "a"})[0]
+    assert record.answers == ("Me",)
+    with pytest.raises(DataError, match="mapped column is not in the data: z"):
+        to_records([{"q": "Who?"}], columns={"question": "z"})
+
+
+def test_records_that_fit_no_format_show_fields_and_mapping():
+    with pytest.raises(DataError, match=r"fit no format.*fields foo, bar.*columns: \{question"):
+        to_records([{"foo": 1, "bar": 2}])
+    with pytest.raises(DataError, match=r"record 2.*question is '', expected text"):
+        to_records([FORMS["qa"], {"question": "", "answer": "x"}])
+
+
+def test_malformed_lines_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": \n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 3"):
+        read_records(source(path))
+    path.write_text("[1]\n")
+    with pytest.raises(DataError, match=r"not an object.*line 1"):
+        read_records(source(path))
+    path.write_text("\n")
+    with pytest.raises(DataError, match="empty"):
+        read_records(source(path))
+    path.write_bytes(b'{"question": "\xff\xfe"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_records(source(path))
+    with pytest.raises(DataError, match="does not exist"):
+        read_records(source(tmp_path / "none.jsonl"))
+
+
+def test_json_csv_and_parquet(tmp_path):
+    import pandas
+
+    records = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": "d"}]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    pandas.DataFrame(records).to_csv(tmp_path / "a.csv", index=False)
+    pandas.DataFrame(records).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.json", "a.csv", "a.parquet"):
+        assert read_records(source(tmp_path / name)) == records
+
+
+def test_a_sample_is_drawn_with_the_seed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "t{i}"}}\n' for i in range(50)))
+    one = read_records(source(path, max_records=10), seed=1)
+    assert one == read_records(source(path, max_records=10), seed=1)
+    assert one != read_records(source(path, max_records=10), seed=2)
+    assert one != [{"text": f"t{i}"} for i in range(10)]
+
+
+def test_calibration_budgets(data, tokenizer):
+    records = load_records(DataSource(dataset="keep.jsonl"), data, 0)
+    assert len(calibration_set(records, tokenizer, samples=5)) == 5
+    assert sum(map(len, calibration_set(records, tokenizer, samples=None, tokens=101))) == 101
+    windows = calibration_set(records, tokenizer, samples=3, pack_to=100)
+    assert len(windows) == 3
+    assert all(len(w) <= 100 for w in windows)
+    assert [len(w.starts) for w in windows] == [2, 2, 2]
