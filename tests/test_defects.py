@@ -19,6 +19,7 @@ from corda.context.collect import collect
 from corda.data.batches import batches, encode
 from corda.data.formats import to_records
 from corda.errors import CalibrationError, PlanError, TargetError
+from corda.metric import Metric, damping
 from corda.plan.plan import make_plan
 from corda.recipe import parse_recipe
 from corda.targets import find_targets
@@ -160,13 +161,13 @@ def test_defect_17_the_smallest_components_are_the_smallest():
     W = 30 * (U * torch.logspace(0, -6, 96)) @ V.T
     X = torch.randn(160, 4000, generator=g) * torch.logspace(1.5, -1.5, 160)[:, None]
     C = (X @ X.T / 4000).float()
-    lam = linalg.damping(C, 0.01)
-    found = linalg.subspace(W, C, 8, "smallest", exponent=1, lam=lam)
+    lam = damping(C, 0.01)
+    found = linalg.subspace(W, Metric(C, 1, lam), 8, "smallest")
     damped = C.double() + lam * torch.eye(160, dtype=torch.float64)
     best = torch.linalg.svdvals(W.double() @ damped).sort().values[:8].norm()
-    ours = linalg.captured_energy(W, C, found.U, exponent=1, lam=lam) / float(best) - 1
+    ours = linalg.captured_energy(W, Metric(C, 1, lam), found.U) / float(best) - 1
     usual = torch.linalg.svd(W @ damped.float(), full_matrices=False)[0][:, -8:]
-    theirs = linalg.captured_energy(W, C, usual, exponent=1, lam=lam) / float(best) - 1
+    theirs = linalg.captured_energy(W, Metric(C, 1, lam), usual) / float(best) - 1
     assert ours < 1e-6
     assert theirs > 1e-3
 

@@ -15,11 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-End = Literal["smallest", "largest"]
-Solver = Literal["auto", "exact"]
+from corda import krylov
+from corda.krylov import GRAM_CONDITION_LIMIT
+from corda.metric import Metric
 
-# Beyond this condition of M = R C^a its fp64 Gram matrix, whose condition is the square, loses the small end.
-GRAM_CONDITION_LIMIT = 1e6
+End = Literal["smallest", "largest"]
+Solver = Literal["auto", "exact", "krylov"]
+
+# Up to this n a full eigendecomposition is as fast as an iteration, and gives the whole spectrum besides.
+EXACT_LIMIT = 1024
 _GUARD = 8
 _MAX_ITERATIONS = 60
 _RESIDUAL = 1e-10
@@ -33,8 +37,8 @@ class Subspace:
         U: (d_out, r) fp64, orthonormal columns, each with its entry of largest magnitude positive.
         sigma: (r,) fp64, the singular values of W (C + λI)^a that belong to them, ascending.
         spectrum: (n,) fp64, all singular values, ascending; None where the solver did not compute them.
-        path: The solver that produced them, "gram" or "lq".
-        condition: Estimated condition number of R (C + λI)^a.
+        path: The solver that produced them: "gram", "lq" or "krylov"; with a note where one solver gave up.
+        condition: Estimated condition number of R (C + λI)^a; NaN where the solver did not need it.
     """
 
     U: Tensor
@@ -74,64 +78,50 @@ def reduce(W: Tensor) -> Reduced:
     return Reduced(Q, R)
 
 
-def damping(C: Tensor, damp: float) -> float:
-    """λ = damp · mean(diag C), the number added to C's diagonal."""
-    return damp * float(C.diagonal().double().mean())
+def subspace(W: Tensor, metric: Metric, rank: int, end: End, solver: Solver = "auto") -> Subspace:
+    """The r left singular vectors of W (C + λI)^a at one end of the spectrum (CorDA eqs. 2-5).
 
-
-def root(R: Tensor, C: Tensor | None, exponent: float, lam: float) -> Tensor:
-    """A matrix M with M Mᵀ = R (C + λI)^{2a} Rᵀ, hence with the left singular vectors of R (C + λI)^a.
-
-    Args:
-        R: (n, d_in) fp64.
-        C: (d_in, d_in), symmetric; may be None for exponent 0.
-        exponent: a, one of 0, ½, 1. For ½ M is R times a Cholesky factor, not times the symmetric root.
-        lam: λ.
-
-    Returns:
-        (n, d_in) fp64.
-    """
-    if exponent == 0:
-        return R
-    if C is None:
-        raise ValueError("a covariance is needed unless the exponent is 0")
-    damped = C.to(R.dtype, copy=True)
-    damped.diagonal().add_(lam)
-    if exponent == 1:
-        return R @ damped
-    if exponent != 0.5:
-        raise ValueError(f"exponent {exponent} is not one of 0, 0.5, 1")
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) != 0:
-        values, vectors = torch.linalg.eigh(damped)
-        factor = vectors * values.clamp_min(0).sqrt()
-    M: Tensor = R @ factor
-    return M
-
-
-def subspace(W: Tensor | Reduced, C: Tensor | None, rank: int, end: End, *, exponent: float, lam: float) -> Subspace:
-    """The r left singular vectors of W (C + λI)^a at one end of the spectrum (method: CorDA eqs. 2-5).
-
-    The fp64 Gram matrix M Mᵀ is used while cond(M) stays below GRAM_CONDITION_LIMIT; beyond it, for the small end,
-    M is factorised by LQ and the triangular factor is iterated on, which never squares the condition. O(n² d + n³).
+    "exact": eigenvectors of the fp64 Gram matrix M Mᵀ while cond(M) stays below GRAM_CONDITION_LIMIT; beyond it, for
+    the small end, M is factorised by LQ and the triangular factor is iterated on, which never squares the condition.
+    O(n² d + n³). "krylov": a block Krylov space at the wanted end only, see `corda.krylov`; where it does not
+    converge, or there is nothing it can solve with, the exact path is taken and `path` says so. "auto": krylov for n
+    above EXACT_LIMIT and r up to n / 8.
 
     Args:
-        W: (d_out, d_in) weight, or its `reduce`d form where several covariances share it.
-        C: (d_in, d_in) second moment, or None with exponent 0.
+        W: (d_out, d_in), any floating dtype.
+        metric: (C + λI)^a.
         rank: r, 1 <= r <= n.
         end: "smallest" (KPM, MiLoRA) or "largest" (IPM, PiSSA).
-        exponent: a, one of 0, ½, 1.
-        lam: λ, see `damping`.
+        solver: Which path.
 
     Raises:
-        ValueError: rank or exponent out of range, or entries that are not finite.
+        ValueError: rank out of range, or entries that are not finite.
     """
-    reduced = W if isinstance(W, Reduced) else reduce(W)
-    n = reduced.R.shape[0]
+    n = min(W.shape)
     if not 1 <= rank <= n:
         raise ValueError(f"rank {rank} is not in 1..{n}")
-    M = root(reduced.R, C, exponent, lam)
-    G = M @ M.T
+    if not bool(torch.isfinite(W).all()) or (metric.exponent and not bool(torch.isfinite(metric.damped).all())):
+        raise ValueError("the weight or its covariance has entries that are not finite")
+    note = ""
+    reduced: Reduced | None = None
+    if solver == "krylov" or (solver == "auto" and n > EXACT_LIMIT and rank * 8 <= n):
+        if end == "largest":
+            found: krylov.Found | None = krylov.largest(W, metric, rank)
+            lifted = found.U if found else None
+        else:
+            reduced = reduce(W)
+            found = krylov.smallest(reduced.R, metric, rank)
+            lifted = reduced.lift(found.U) if found else None
+        if found is not None and lifted is not None and found.converged:
+            return Subspace(fix_signs(lifted), found.sigma, None, "krylov", math.nan)
+        note = " after krylov"
+    return _exactly(reduced or reduce(W), metric, rank, end, note)
+
+
+def _exactly(reduced: Reduced, metric: Metric, rank: int, end: End, note: str) -> Subspace:
+    n = reduced.R.shape[0]
+    M = metric.root(reduced.R)
+    G = krylov.symmetric_product(M)
     if not bool(torch.isfinite(G.diagonal()).all()):
         raise ValueError("the weight or its covariance has entries that are not finite")
     values, vectors = torch.linalg.eigh(G)
@@ -146,7 +136,7 @@ def subspace(W: Tensor | Reduced, C: Tensor | None, rank: int, end: End, *, expo
         spectrum = torch.cat([sigma, torch.maximum(spectrum[rank:], sigma[-1])])
         chosen, path = slice(0, rank), "lq"
     U = fix_signs(reduced.lift(U))
-    return Subspace(U, spectrum[chosen].clone(), spectrum, path, condition)
+    return Subspace(U, spectrum[chosen].clone(), spectrum, path + note, condition)
 
 
 def smallest_by_lq(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -189,11 +179,9 @@ def smallest_by_lq(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return sigma.flip(0)[:rank], left.flip(1)[:, :rank]
 
 
-def spectrum(W: Tensor | Reduced, C: Tensor | None, *, exponent: float, lam: float) -> Tensor:
+def spectrum(W: Tensor, metric: Metric) -> Tensor:
     """All singular values of W (C + λI)^a, (n,) fp64, ascending, without vectors. O(n² d + n³)."""
-    reduced = W if isinstance(W, Reduced) else reduce(W)
-    M = root(reduced.R, C, exponent, lam)
-    values: Tensor = torch.linalg.eigvalsh(M @ M.T)
+    values: Tensor = torch.linalg.eigvalsh(krylov.symmetric_product(metric.root(reduce(W).R)))
     return values.clamp_min(0).sqrt()
 
 
@@ -204,14 +192,13 @@ def fix_signs(U: Tensor) -> Tensor:
     return U * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-def captured_energy(W: Tensor, C: Tensor | None, U: Tensor, *, exponent: float, lam: float) -> float:
-    """E(U) = ‖Uᵀ W (C + λI)^a‖_F, what a subspace holds of the layer; smaller is better for the small end."""
-    M = root(W.double(), C, exponent, lam)
-    return float((U.double().T @ M).norm())
+def captured_energy(W: Tensor, metric: Metric, U: Tensor) -> float:
+    """E(U) = ‖Uᵀ W (C + λI)^a‖_F in fp64, what a subspace holds of the layer; smaller is better for the small end."""
+    return float(metric.root(U.double().T @ W.double()).norm())
 
 
 def factors(
-    W: Tensor, chosen: Subspace, *, scaling: float, balance: Literal["equal", "sigma"], exponent: float
+    W: Tensor, chosen: Subspace, *, scaling: float, balance: Literal["equal", "sigma"]
 ) -> tuple[Tensor, Tensor, int]:
     """LoRA factors with s · B A = U_S U_Sᵀ W.
 
@@ -224,7 +211,6 @@ def factors(
         chosen: Its subspace.
         scaling: s = alpha / r (or alpha / √r) that PEFT will apply.
         balance: The split.
-        exponent: a; the spectral split of exponent 0 is the same formula with the singular values of W.
 
     Returns:
         A (r, d_in) and B (d_out, r), both fp32, and the number of dead directions.

@@ -124,3 +124,10 @@ def test_calibration_budgets(data, tokenizer):
     assert len(windows) == 3
     assert all(len(w) <= 100 for w in windows)
     assert [len(w.starts) for w in windows] == [2, 2, 2]
+
+
+def test_an_answers_loss_does_not_count_the_end(tokenizer):
+    qa, chat = to_records([FORMS["qa"]])[0], to_records([FORMS["messages"]])[0]
+    for record, template, expected in ((qa, "plain", " Me"), (qa, "chat", "Me"), (chat, "plain", "Me")):
+        segments = render(record, tokenizer, template, end=False)
+        assert [s.text for s in segments if s.response] == [expected]

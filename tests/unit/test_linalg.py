@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from corda import linalg
+from corda.metric import Metric, damping
 
 SHAPES = [(30, 30), (50, 20), (20, 50)]
 
@@ -38,11 +39,11 @@ def paper(W: torch.Tensor, C: torch.Tensor, rank: int, end: str):
 @pytest.mark.parametrize("balance", ["equal", "sigma"])
 def test_factors_are_the_papers(shape, end, scaling, balance):
     W, C = case(*shape)
-    lam = linalg.damping(C, 0.01)
+    lam = damping(C, 0.01)
     damped = C + lam * torch.eye(C.shape[0], dtype=C.dtype)
     B0, A0, residual, sigma = paper(W, damped, 5, end)
-    found = linalg.subspace(W, C, 5, end, exponent=1, lam=lam)
-    A, B, dead = linalg.factors(W, found, scaling=scaling, balance=balance, exponent=1)
+    found = linalg.subspace(W, Metric(C, 1, lam), 5, end)
+    A, B, dead = linalg.factors(W, found, scaling=scaling, balance=balance)
     A, B = A.double(), B.double()
     assert dead == 0
     assert torch.allclose(found.sigma, sigma.sort().values, rtol=1e-8)
@@ -63,28 +64,28 @@ def test_factors_are_the_papers(shape, end, scaling, balance):
 @pytest.mark.parametrize("exponent", [0, 0.5, 1])
 def test_exponents_are_the_svd_of_w_c_to_the_a(shape, end, exponent):
     W, C = case(*shape, seed=3)
-    lam = linalg.damping(C, 0.01)
+    lam = damping(C, 0.01)
     values, vectors = torch.linalg.eigh(C + lam * torch.eye(C.shape[0], dtype=C.dtype))
     M = W @ (vectors * values**exponent) @ vectors.T
     U, S, _ = torch.linalg.svd(M, full_matrices=False)
     chosen = U[:, -6:] if end == "smallest" else U[:, :6]
-    found = linalg.subspace(W, C, 6, end, exponent=exponent, lam=lam)
+    found = linalg.subspace(W, Metric(C, exponent, lam), 6, end)
     assert (found.U @ found.U.T - chosen @ chosen.T).norm() < 1e-7
     assert torch.allclose(found.spectrum, S.flip(0), rtol=1e-8, atol=1e-10 * float(S[0]))
-    assert torch.allclose(linalg.spectrum(W, C, exponent=exponent, lam=lam), S.flip(0), rtol=1e-7)
+    assert torch.allclose(linalg.spectrum(W, Metric(C, exponent, lam)), S.flip(0), rtol=1e-7)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("end", ["smallest", "largest"])
 def test_singular_covariance_needs_no_damping(shape, end):
     W, C = case(*shape, tokens=7)
-    found = linalg.subspace(W, C, 4, end, exponent=1, lam=0.0)
-    A, B, _ = linalg.factors(W, found, scaling=1.0, balance="equal", exponent=1)
+    found = linalg.subspace(W, Metric(C, 1, 0.0), 4, end)
+    A, B, _ = linalg.factors(W, found, scaling=1.0, balance="equal")
     P = found.U @ found.U.T
     assert torch.isfinite(A).all()
     assert torch.isfinite(B).all()
     assert (B.double() @ A.double() - P @ W).norm() / W.norm() < 1e-6
-    energy = linalg.captured_energy(W, C, found.U, exponent=1, lam=0.0)
+    energy = linalg.captured_energy(W, Metric(C, 1, 0.0), found.U)
     S = torch.linalg.svdvals(W @ C)
     best = S.sort().values[:4].norm() if end == "smallest" else S[:4].norm()
     assert abs(energy - best) <= 1e-7 * S[0]
@@ -99,9 +100,9 @@ def test_small_end_is_optimal_on_steep_spectra(decades):
     S = torch.logspace(0, -decades, n, dtype=torch.float64)
     W = (U * S) @ V.T
     C = torch.eye(n, dtype=torch.float64)
-    found = linalg.subspace(W, C, rank, "smallest", exponent=1, lam=0.0)
+    found = linalg.subspace(W, Metric(C, 1, 0.0), rank, "smallest")
     best = S[-rank:].norm()
-    excess = linalg.captured_energy(W, C, found.U, exponent=1, lam=0.0) / best - 1
+    excess = linalg.captured_energy(W, Metric(C, 1, 0.0), found.U) / best - 1
     assert excess < 1e-5
     assert decades == 6 or found.path == ("gram" if decades < 6 else "lq")  # 6 is the limit itself
 
@@ -119,8 +120,8 @@ def test_gram_alone_would_fail_where_lq_is_used():
 
 def test_equal_inputs_give_equal_bytes_and_positive_signs():
     W, C = case(40, 30, seed=5)
-    one = linalg.subspace(W, C, 6, "smallest", exponent=1, lam=0.1)
-    two = linalg.subspace(W.clone(), C.clone(), 6, "smallest", exponent=1, lam=0.1)
+    one = linalg.subspace(W, Metric(C, 1, 0.1), 6, "smallest")
+    two = linalg.subspace(W.clone(), Metric(C.clone(), 1, 0.1), 6, "smallest")
     assert torch.equal(one.U, two.U)
     rows = one.U.abs().argmax(dim=0)
     assert (one.U[rows, torch.arange(6)] > 0).all()
@@ -130,8 +131,8 @@ def test_scale_of_c_leaves_the_product_alone():
     W, C = case(25, 40, seed=6)
     products = []
     for k in (1.0, 1000.0):
-        found = linalg.subspace(W, k * C, 5, "smallest", exponent=1, lam=linalg.damping(k * C, 0.01))
-        A, B, _ = linalg.factors(W, found, scaling=2.0, balance="sigma", exponent=1)
+        found = linalg.subspace(W, Metric(k * C, 1, damping(k * C, 0.01)), 5, "smallest")
+        A, B, _ = linalg.factors(W, found, scaling=2.0, balance="sigma")
         products.append((B @ A, B.norm()))
     assert torch.allclose(products[0][0], products[1][0], atol=1e-4)
     assert products[1][1] / products[0][1] == pytest.approx(1000**0.5, rel=1e-3)
@@ -141,8 +142,8 @@ def test_dead_rows_get_a_unit_row_of_a_and_a_zero_column_of_b():
     W, C = case(20, 50, seed=7)
     W[3] = 0
     W[11] = 0
-    found = linalg.subspace(W, C, 4, "smallest", exponent=1, lam=linalg.damping(C, 0.01))
-    A, B, dead = linalg.factors(W, found, scaling=1.0, balance="equal", exponent=1)
+    found = linalg.subspace(W, Metric(C, 1, damping(C, 0.01)), 4, "smallest")
+    A, B, dead = linalg.factors(W, found, scaling=1.0, balance="equal")
     assert dead == 2
     zero = B.norm(dim=0) == 0
     assert int(zero.sum()) == 2
@@ -153,15 +154,15 @@ def test_dead_rows_get_a_unit_row_of_a_and_a_zero_column_of_b():
 def test_rank_out_of_range_is_refused(rank):
     W, C = case(20, 50)
     with pytest.raises(ValueError, match=r"not in 1\.\.20"):
-        linalg.subspace(W, C, rank, "smallest", exponent=1, lam=0.1)
+        linalg.subspace(W, Metric(C, 1, 0.1), rank, "smallest")
 
 
 def test_full_rank_and_width_one():
     W, C = case(20, 50)
-    found = linalg.subspace(W, C, 20, "smallest", exponent=1, lam=0.1)
-    A, B, _ = linalg.factors(W, found, scaling=1.0, balance="equal", exponent=1)
+    found = linalg.subspace(W, Metric(C, 1, 0.1), 20, "smallest")
+    A, B, _ = linalg.factors(W, found, scaling=1.0, balance="equal")
     assert (B.double() @ A.double() - W).norm() / W.norm() < 1e-6
-    one = linalg.subspace(torch.tensor([[3.0, 4.0]]), torch.eye(2), 1, "largest", exponent=1, lam=0.0)
+    one = linalg.subspace(torch.tensor([[3.0, 4.0]]), Metric(torch.eye(2), 1, 0.0), 1, "largest")
     assert one.sigma.item() == pytest.approx(5.0)
 
 
@@ -169,4 +170,4 @@ def test_nan_is_an_error_and_ends():
     W, C = case(20, 30)
     C[2, 2] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        linalg.subspace(W, C, 4, "smallest", exponent=1, lam=0.1)
+        linalg.subspace(W, Metric(C, 1, 0.1), 4, "smallest")

@@ -79,9 +79,10 @@ def encode(
     template: Template = "plain",
     max_length: int | None = None,
     shots: Sequence[Record] = (),
+    end: bool = True,
 ) -> Encoded:
-    """Tokenise a record segment by segment, so that prompt and answer never share a token."""
-    return encode_segments(render(record, tokenizer, template, shots), tokenizer, max_length)
+    """Tokenise a record segment by segment, so that prompt and answer never share a token; see `render`."""
+    return encode_segments(render(record, tokenizer, template, shots, end=end), tokenizer, max_length)
 
 
 def encode_segments(

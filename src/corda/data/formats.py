@@ -100,7 +100,12 @@ def to_records(
 
 
 def render(
-    record: Record, tokenizer: PreTrainedTokenizerBase, template: Template, shots: Sequence[Record] = ()
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    shots: Sequence[Record] = (),
+    *,
+    end: bool = True,
 ) -> list[Segment]:
     """Segments of one record, solved examples before it as asked.
 
@@ -109,16 +114,18 @@ def render(
         tokenizer: For the chat template and the end-of-sequence token.
         template: "plain", or "chat" for the tokenizer's chat template (conversations always use it).
         shots: Solved examples put in front, none of which counts as a response.
+        end: Whether the response includes the mark that ends it. Training needs it; an answer's loss does not count
+            it, because a base model that was shown examples expects the next example there.
 
     Raises:
         DataError: the chat template is missing or does not render turn by turn.
     """
     if record.is_text:
         return [Segment(record.response, True)]
-    end = tokenizer.eos_token or ""
+    mark = (tokenizer.eos_token or "") if end else ""
     if template == "plain" and not record.always_chat:
         context = "".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots)
-        return [Segment(context + record.prompt, False), Segment(record.response + end, True)]
+        return [Segment(context + record.prompt, False), Segment(record.response + mark, True)]
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template",
@@ -141,7 +148,10 @@ def render(
                 where="tokenizer.chat_template",
                 fix="use template: plain, or single-turn records",
             )
-        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
+        said = after[len(before) :]
+        if not end and message["content"] in said:
+            said = said[: said.index(message["content"]) + len(message["content"])]
+        segments += [Segment(before[len(done) :], False), Segment(said, True)]
         done = after
     return segments
 

@@ -122,7 +122,9 @@ def evaluate(
             key = f"{task.name}/{metric}"
             if metric == "answer_loss":
                 encoded = [
-                    encode(r, tokenizer, template=template, max_length=recipe.data.max_length, shots=task.shots)
+                    encode(
+                        r, tokenizer, template=template, max_length=recipe.data.max_length, shots=task.shots, end=False
+                    )
                     for r in task.records
                 ]
                 values[key] = answer_loss(model, [e for e in encoded if any(e.response)], pad, size, progress)

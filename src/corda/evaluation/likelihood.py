@@ -29,10 +29,16 @@ def token_losses(
     done = 0
     for cpu_batch in parts:
         batch = cpu_batch.to(device)
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        # Most of a prompt's logits are never looked at, and the head is a good part of a small model.
+        kept = batch.counts[:, 1:].any(dim=0).nonzero()[:, 0]
+        slot = torch.zeros(batch.input_ids.shape[1], dtype=torch.long, device=device)
+        slot[kept] = torch.arange(len(kept), device=device)
+        logits = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=kept
+        ).logits
         for row in range(batch.input_ids.shape[0]):
             wanted = batch.counts[row, 1:].nonzero()[:, 0]
-            scores = logits[row, wanted].float().log_softmax(-1)
+            scores = logits[row, slot[wanted]].float().log_softmax(-1)
             targets = batch.input_ids[row, 1:][wanted]
             losses[order[done + row]] = -scores.gather(1, targets[:, None])[:, 0].cpu()
         done += batch.input_ids.shape[0]
@@ -42,7 +48,7 @@ def token_losses(
 def answer_loss(
     model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
 ) -> Score:
-    """Mean loss per response token, in nats; the standard error is over records."""
+    """Mean loss per response token, in nats; the standard error is over records, long ones weighing more."""
     losses = token_losses(model, encoded, pad_token_id, batch_size, progress)
     return ratio([float(loss.double().sum()) for loss in losses], [float(loss.numel()) for loss in losses])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from corda import artifact, linalg
 from corda.context.store import Context
 from corda.errors import PlanError
+from corda.metric import Metric, damping
 from corda.progress import Progress, silent
 from corda.recipe import AdapterOptions, Mode
 from corda.targets import LayerSpec, weight_of
@@ -143,10 +144,14 @@ def make_plan(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     spectra: dict[str, Tensor] = {}
     groups = context.members()
+    device = next(model.parameters()).device
     for group, members in progress(groups.items(), "decompose", len(groups)):
-        C = context.covariance(members[0].name)
+        C = context.covariance(members[0].name).to(device)
+        metric = Metric(C, options.exponent, damping(C, options.damp))
         for spec in members:
-            layer, pair, values = _factorise(spec, weight_of(model, spec), C, context.tokens[group], group, options)
+            layer, pair, values = _factorise(
+                spec, weight_of(model, spec), metric, context.tokens[group], group, options
+            )
             layers[spec.name], factors[spec.name], spectra[spec.name] = layer, pair, values
     dead = sum(layer.dead for layer in layers.values())
     notes = [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
@@ -204,19 +209,17 @@ def load(found: artifact.Artifact) -> Plan:
 
 
 def _factorise(
-    spec: LayerSpec, W: Tensor, C: Tensor, tokens: int, group: str, options: AdapterOptions
+    spec: LayerSpec, W: Tensor, metric: Metric, tokens: int, group: str, options: AdapterOptions
 ) -> tuple[LayerPlan, tuple[Tensor, Tensor], Tensor]:
     rank = options.rank
-    C = C.to(W.device)
-    lam = linalg.damping(C, options.damp)
     try:
-        found = linalg.subspace(W, C, rank, _END[options.mode], exponent=options.exponent, lam=lam)
+        found = linalg.subspace(W, metric, rank, _END[options.mode])
     except ValueError as error:
         raise PlanError("a layer cannot be decomposed", where=spec.name, got=error) from None
     s = scaling(options, rank)
-    A, B, dead = linalg.factors(W, found, scaling=s, balance=options.balance, exponent=options.exponent)
+    A, B, dead = linalg.factors(W, found, scaling=s, balance=options.balance)
     values = found.spectrum if found.spectrum is not None else found.sigma
-    total = float(values.square().sum())
+    total = float(metric.root(W).double().square().sum())
     layer = LayerPlan(
         spec.name,
         spec.kind,
@@ -225,7 +228,7 @@ def _factorise(
         rank,
         group,
         tokens,
-        lam,
+        metric.lam,
         found.path,
         found.condition if math.isfinite(found.condition) else -1.0,
         float(found.sigma.square().sum()) / total if total else 0.0,

@@ -1,0 +1,88 @@
+"""(C + λI)^a in the forms that the solvers need. Tensors and numbers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """(C + λI)^a; what layers with one input have in common is computed once, when first needed.
+
+    Attributes:
+        C: (d_in, d_in) symmetric, fp32 or fp64; may be None for exponent 0.
+        exponent: a, one of 0, ½, 1.
+        lam: λ >= 0, see `damping`.
+    """
+
+    C: Tensor | None
+    exponent: float
+    lam: float
+
+    def __post_init__(self) -> None:
+        if self.exponent not in {0.0, 0.5, 1.0}:
+            raise ValueError(f"exponent {self.exponent} is not one of 0, 0.5, 1")
+        if self.C is None and self.exponent:
+            raise ValueError("a covariance is needed unless the exponent is 0")
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """C + λI, (d_in, d_in) fp64."""
+        assert self.C is not None
+        damped = self.C.to(torch.float64, copy=True)
+        damped.diagonal().add_(self.lam)
+        return damped
+
+    @cached_property
+    def cholesky(self) -> Tensor | None:
+        """Lower K with K Kᵀ = C + λI, fp64; None where it is not positive definite. O(d³/3)."""
+        factor, failed = torch.linalg.cholesky_ex(self.damped)
+        return factor if int(failed) == 0 else None
+
+    @cached_property
+    def factor(self) -> Tensor | None:
+        """F (d_in, d_in) fp64 with F Fᵀ = (C + λI)^{2a}; None, meaning the identity, for a = 0.
+
+        W F has the left singular vectors and the singular values of W (C + λI)^a. For a = ½ no root is taken: F is
+        the Cholesky factor, or one from eigenvectors where C + λI is singular.
+        """
+        if self.exponent == 0:
+            return None
+        if self.exponent == 1:
+            return self.damped
+        if self.cholesky is not None:
+            return self.cholesky
+        values, vectors = torch.linalg.eigh(self.damped)
+        root: Tensor = vectors * values.clamp_min(0).sqrt()
+        return root
+
+    @cached_property
+    def factor32(self) -> Tensor | None:
+        """`factor` in fp32."""
+        return None if self.factor is None else self.factor.float()
+
+    def root(self, R: Tensor) -> Tensor:
+        """M = R F, (n, d_in) in the dtype of R (n, d_in)."""
+        F = self.factor32 if R.dtype == torch.float32 else self.factor
+        return R if F is None else R @ F
+
+    @property
+    def invertible(self) -> bool:
+        """Whether `solve` can be used."""
+        return self.exponent == 0 or self.cholesky is not None
+
+    def solve(self, X: Tensor) -> Tensor:
+        """(C + λI)^{-2a} X by triangular solves, never by an inverse; X is (d_in, k) fp64."""
+        for _ in range(round(2 * self.exponent)):
+            assert self.cholesky is not None
+            X = torch.cholesky_solve(X, self.cholesky)
+        return X
+
+
+def damping(C: Tensor, damp: float) -> float:
+    """λ = damp · mean(diag C), the number added to C's diagonal."""
+    return damp * float(C.diagonal().double().mean())
