@@ -80,7 +80,7 @@ def test_defect_05_a_typo_in_target_modules(model):
 def test_defect_06_folders_are_made_before_the_work(raw_recipe, tmp_path):
     raw_recipe["output_dir"] = str(tmp_path / "not" / "there" / "yet")
     pipeline.run(parse_recipe(raw_recipe))
-    assert (tmp_path / "not" / "there" / "yet" / "context" / "covariances.safetensors").is_file()
+    assert (tmp_path / "not" / "there" / "yet" / "context" / "block-0001.safetensors").is_file()
 
 
 def test_defect_07_what_was_made_for_other_settings_is_not_reused(raw_recipe):

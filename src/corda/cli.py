@@ -110,7 +110,7 @@ def collect(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False)
             "distinct_inputs": len(context.tokens),
             "tokens": max(context.tokens.values()),
             "warnings": list(context.warnings),
-            "folder": str(context.folder),
+            "folder": str(stages.folder / "context"),
         }
         _print(summary, as_json)
 

@@ -28,6 +28,7 @@ from corda.data.batches import calibration_set, encode
 from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
 from corda.inputs import Inputs
+from corda.journal import Journal
 from corda.metering import Meter
 from corda.plan import plan as plans
 from corda.plan.plan import Plan
@@ -98,6 +99,7 @@ class Stages:
         found = self._reusable("context")
         if found is None:
             r, options = self.recipe, self.recipe.context
+            journal = Journal(self.folder / "context.partial", self.inputs.fingerprints["context"])
             with self.meter.stage("collect"):
                 chosen = calibration_set(
                     self.inputs.context_records,
@@ -117,9 +119,12 @@ class Stages:
                     batch_size=options.batch_size,
                     response_only=options.positions == "response",
                     skip_unseen=options.skip_unseen,
+                    stream=options.stream,
+                    journal=journal,
                     progress=self.progress,
                 )
             store.save(context, self.folder / "context", self.inputs.fingerprints["context"], self._costs("collect"))
+            journal.remove()
             found = artifact.read(self.folder / "context", "context", verify=False)
         self._context = store.load(found)
         return self._context

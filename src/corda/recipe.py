@@ -76,6 +76,7 @@ class ContextOptions(_Strict):
     pack_to: PositiveInt | None = Field(None, description="fill windows of this many tokens with whole records")
     positions: Literal["all", "response"] = Field("all", description="which tokens count")
     batch_size: PositiveInt = Field(8, description="records per forward pass; does not change the result")
+    stream: bool = Field(True, description="one block after the other where the model allows; same result, less memory")
     skip_unseen: bool = Field(False, description="leave out layers that saw no token instead of failing")
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from corda import pipeline, training
+from corda import artifact, journal, pipeline, training
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
 from corda.recipe import parse_recipe
 
@@ -137,13 +137,46 @@ def test_checkpoints_of_another_training_are_not_continued(tmp_path):
     assert not (folder / "checkpoint-4").exists()
 
 
-def test_an_interrupted_collect_leaves_nothing_to_trust(raw_recipe, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.store, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+def test_an_interrupted_collect_or_plan_continues_with_the_same_bytes(raw_recipe, tmp_path, monkeypatch):
+    straight = raw_recipe | {"output_dir": str(tmp_path / "straight")}
+    pipeline.run(parse_recipe(straight))
+    original = journal.Journal.put
+    done: list[str] = []
+
+    def put(self, key, tensors, facts):
+        if len(done) in (1, 4):
+            done.append("interrupt")
+            raise KeyboardInterrupt
+        done.append(key)
+        original(self, key, tensors, facts)
+
+    monkeypatch.setattr(journal.Journal, "put", put)
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(parse_recipe(raw_recipe))
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "run.json"]
     pipeline.run(parse_recipe(raw_recipe))
+    assert done[:2] == ["block-0000", "interrupt"]
+    assert done[2] == "block-0001"
+    assert len(set(done)) == len(done) - 1  # nothing was done twice
+    for stage in ("context", "plan", "train"):
+        one, two = (artifact.read(tmp_path / run / stage, stage).manifest["files"] for run in ("straight", "run"))
+        tensors = {name for name in one if name.endswith(".safetensors")}
+        assert tensors
+        assert {name: one[name] for name in tensors} == {name: two[name] for name in tensors}
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_damaged_part_is_done_again(tmp_path):
+    book = journal.Journal(tmp_path / "j", "k")
+    book.put("one", {"x": torch.ones(3)}, {"n": 1})
+    assert book.facts("one") == {"n": 1}
+    content = bytearray(book.path("one").read_bytes())
+    content[-1] ^= 1
+    book.path("one").write_bytes(content)
+    assert book.facts("one") is None
+    book.put("one", {"x": torch.ones(3)}, {"n": 1})
+    assert journal.Journal(tmp_path / "j", "k").facts("one") == {"n": 1}
+    assert journal.Journal(tmp_path / "j", "other").facts("one") is None
 
 
 def test_a_corrupted_artifact_is_never_used(raw_recipe, tmp_path):

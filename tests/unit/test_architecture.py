@@ -12,7 +12,7 @@ ROOT = Path(corda.__file__).parent
 RANKS = [
     {"errors", "__init__"},
     {"recipe", "artifact", "metric", "progress", "metering"},
-    {"krylov"},
+    {"krylov", "journal"},
     {"linalg"},
     {"targets", "models"},
     {"data"},

@@ -140,7 +140,6 @@ def test_token_budget_is_exact(model, tokenizer, texts):
 def test_context_survives_the_disk(model, tokenizer, texts, tmp_path):
     context = collect(model, tokenizer, texts)
     loaded = store.save(context, tmp_path / "context", "abc", {})
-    assert loaded.folder is not None
     assert loaded.tokens == dict(context.tokens)
     for layer in context.layers:
         assert torch.equal(loaded.covariance(layer.name), context.covariance(layer.name))

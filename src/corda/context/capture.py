@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corda.context.accumulator import Accumulator
+from corda.context.accumulator import Accumulator, pack_upper
 from corda.errors import CalibrationError
+from corda.journal import Journal, LazyTensors
 from corda.targets import LayerSpec
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was collected for some layers.
+
+    Attributes:
+        packed: Group name -> upper triangle of C = X Xᵀ / T, d(d+1)/2 fp32, on the CPU or still on disk.
+        tokens: Group name -> T.
+        groups: Layer name -> group name, for every layer that was reached.
+    """
+
+    packed: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+    groups: Mapping[str, str]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON."""
+        return {"tokens": dict(self.tokens), "groups": dict(self.groups)}
+
+    @classmethod
+    def noted(cls, journal: Journal, key: str) -> Captured | None:
+        """A finished part of a journal, its tensors left on disk; None if it is not finished."""
+        facts = journal.facts(key)
+        if facts is None:
+            return None
+        places = dict.fromkeys(facts["tokens"], journal.path(key))
+        return cls(LazyTensors(places), facts["tokens"], facts["groups"])
 
 
 class Capture:
@@ -80,6 +110,12 @@ class Capture:
                 got="NaN or Inf",
                 fix="load the model in float32 or bfloat16, and check the data and the weights",
             )
+
+    def captured(self) -> Captured:
+        """The covariances so far, of every input that saw a token."""
+        seen = {group: a for group, a in self.accumulators.items() if a.tokens}
+        packed = {group: (pack_upper(a.total) / a.tokens).cpu() for group, a in seen.items()}
+        return Captured(packed, {group: a.tokens for group, a in seen.items()}, dict(self.groups))
 
     def _counted(self, name: str, x: Tensor) -> Tensor:
         counts = self._counts

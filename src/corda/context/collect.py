@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from corda.context.capture import Capture, hooked
-from corda.context.store import Context, packed_covariance
+from corda.context.blocks import find_blocks
+from corda.context.capture import Capture, Captured, hooked
+from corda.context.store import Context
+from corda.context.stream import streamed
 from corda.data.batches import Batch, Encoded, batches, calibration_set
 from corda.data.formats import Template, to_records
 from corda.errors import CalibrationError
+from corda.journal import Journal, merged
 from corda.progress import Progress, silent
 from corda.targets import LayerSpec, find_targets
 
@@ -77,28 +80,48 @@ def collect_encoded(
     batch_size: int = 8,
     response_only: bool = False,
     skip_unseen: bool = False,
+    stream: bool = True,
+    journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Context:
-    """`collect` for records that are tokens already and layers that are chosen already."""
-    parts = batches(encoded, pad_token_id, batch_size, response_only=response_only)
-    return collect_batches(
-        model,
-        progress(parts, "collect", -(-len(encoded) // batch_size)),
-        layers,
-        skip_unseen=skip_unseen,
-    )
+    """`collect` for records that are tokens already and layers that are chosen already.
+
+    Args:
+        model: See `collect`.
+        encoded: Calibration records.
+        layers: Target layers.
+        pad_token_id: Of pads, which never count.
+        batch_size: Rows per forward pass.
+        response_only: Only response tokens count.
+        skip_unseen: Leave out layers that saw no token instead of failing.
+        stream: One block after the other where the model allows it; the result is the same.
+        journal: Where finished blocks are kept, so that an interrupted collection continues.
+        progress: Shows how far it is.
+    """
+    parts = list(batches(encoded, pad_token_id, batch_size, response_only=response_only))
+    body = _body(model, layers)
+    blocks = find_blocks(body, model, layers) if stream else None
+    notes: list[str] = []
+    if blocks is not None:
+        found = list(
+            streamed(model, body, blocks, parts, layers, inputs_of=model_inputs, journal=journal, progress=progress)
+        )
+    else:
+        if stream:
+            notes.append("collected whole, not in blocks: the targets do not all lie in one list of blocks")
+        found = [_whole(model, body, progress(parts, "collect", len(parts)), layers)]
+    return _finish(found, layers, skip_unseen, notes)
 
 
 def collect_batches(
     model: PreTrainedModel, parts: Iterable[Batch], layers: Sequence[LayerSpec], *, skip_unseen: bool = False
 ) -> Context:
-    """Forward every batch through the decoder body (no logits) and return the covariances.
+    """`collect` for batches made by the caller, through the whole decoder body at once."""
+    return _finish([_whole(model, _body(model, layers), parts, layers)], layers, skip_unseen, [])
 
-    Raises:
-        CalibrationError: see `collect`.
-    """
+
+def _whole(model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec]) -> Captured:
     capture = Capture(layers)
-    body = _body(model, layers)
     device = next(model.parameters()).device
     with hooked(model, capture):
         for cpu_batch in parts:
@@ -106,7 +129,7 @@ def collect_batches(
             with capture.batch(batch.counts):
                 body(**model_inputs(batch))
             capture.check_finite()
-    return _finish(capture, layers, skip_unseen)
+    return capture.captured()
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -145,9 +168,10 @@ def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
     return body if all(id(model.get_submodule(layer.name)) in inside for layer in layers) else model
 
 
-def _finish(capture: Capture, layers: Sequence[LayerSpec], skip_unseen: bool) -> Context:
-    tokens = {group: a.tokens for group, a in capture.accumulators.items()}
-    unseen = [layer.name for layer in layers if tokens.get(capture.groups.get(layer.name, ""), 0) == 0]
+def _finish(found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen: bool, notes: Sequence[str]) -> Context:
+    tokens = {group: t for part in found for group, t in part.tokens.items()}
+    groups = {layer: group for part in found for layer, group in part.groups.items()}
+    unseen = [layer.name for layer in layers if groups.get(layer.name) not in tokens]
     if unseen and not skip_unseen:
         raise CalibrationError(
             f"{len(unseen)} target layer{'s' if len(unseen) > 1 else ''} saw no token",
@@ -155,17 +179,22 @@ def _finish(capture: Capture, layers: Sequence[LayerSpec], skip_unseen: bool) ->
             fix="calibrate on data that reaches them, drop them from target_modules, "
             "or set context.skip_unseen: true to leave them out",
         )
-    seen = tuple(layer for layer in layers if layer.name not in set(unseen))
+    missed = set(unseen)
+    seen = tuple(layer for layer in layers if layer.name not in missed)
     if not seen:
         raise CalibrationError("no target layer saw a token", fix="check the calibration data")
-    warnings = [f"left out, no token seen: {name}" for name in unseen]
+    warnings = [*notes, *(f"left out, no token seen: {name}" for name in unseen)]
     widest = max(seen, key=lambda layer: layer.d_in)
-    fewest = min(tokens[capture.groups[layer.name]] for layer in seen if layer.d_in == widest.d_in)
+    fewest = min(tokens[groups[layer.name]] for layer in seen if layer.d_in == widest.d_in)
     if fewest < 2 * widest.d_in:
         warnings.append(
             f"few calibration tokens: {fewest} for {widest.name} with {widest.d_in} inputs, whose covariance has rank "
             f"{min(fewest, widest.d_in)} at most; {8 * widest.d_in} would do"
         )
-    packed = {g: packed_covariance(a.total, a.tokens) for g, a in capture.accumulators.items() if a.tokens}
-    groups = {layer.name: capture.groups[layer.name] for layer in seen}
-    return Context(seen, groups, {g: t for g, t in tokens.items() if t}, packed, None, tuple(warnings))
+    return Context(
+        seen,
+        {layer.name: groups[layer.name] for layer in seen},
+        tokens,
+        merged([part.packed for part in found]),
+        tuple(warnings),
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from corda import artifact, linalg
 from corda.context.store import Context
 from corda.errors import PlanError
+from corda.journal import Journal
 from corda.metric import Metric, damping
 from corda.progress import Progress, silent
 from corda.recipe import AdapterOptions, Mode
@@ -117,6 +118,7 @@ def make_plan(
     context: Context | Sequence[LayerSpec],
     options: AdapterOptions | None = None,
     *,
+    journal: Journal | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -126,6 +128,7 @@ def make_plan(
         model: The base model that the context was collected on; only read.
         context: Covariances, or the bare layers for mode "lora".
         options: Adapter options.
+        journal: Where finished layers are kept, so that an interrupted decomposition continues.
         progress: Shows how far it is.
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
@@ -144,15 +147,10 @@ def make_plan(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     spectra: dict[str, Tensor] = {}
     groups = context.members()
-    device = next(model.parameters()).device
     for group, members in progress(groups.items(), "decompose", len(groups)):
-        C = context.covariance(members[0].name).to(device)
-        metric = Metric(C, options.exponent, damping(C, options.damp))
-        for spec in members:
-            layer, pair, values = _factorise(
-                spec, weight_of(model, spec), metric, context.tokens[group], group, options
-            )
-            layers[spec.name], factors[spec.name], spectra[spec.name] = layer, pair, values
+        for part in _group(model, context, group, members, options, journal):
+            name = part.layer.name
+            layers[name], factors[name], spectra[name] = part.layer, (part.A, part.B), part.spectrum
     dead = sum(layer.dead for layer in layers.values())
     notes = [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
     ordered = tuple(layers[spec.name] for spec in specs)
@@ -208,9 +206,44 @@ def load(found: artifact.Artifact) -> Plan:
     return Plan(AdapterOptions(**raw["options"]), layers, factors, spectra, tuple(raw["warnings"]))
 
 
-def _factorise(
-    spec: LayerSpec, W: Tensor, metric: Metric, tokens: int, group: str, options: AdapterOptions
-) -> tuple[LayerPlan, tuple[Tensor, Tensor], Tensor]:
+@dataclass(frozen=True)
+class _Part:
+    layer: LayerPlan
+    A: Tensor
+    B: Tensor
+    spectrum: Tensor
+
+
+def _group(
+    model: nn.Module,
+    context: Context,
+    group: str,
+    members: Sequence[LayerSpec],
+    options: AdapterOptions,
+    journal: Journal | None,
+) -> list[_Part]:
+    """The layers that share an input, from the journal where they are done already."""
+    facts = journal.facts(group) if journal else None
+    if journal is not None and facts is not None:
+        tensors = load_file(journal.path(group))
+        return [
+            _Part(LayerPlan(**layer), *(tensors[f"{layer['name']}.{part}"] for part in ("A", "B", "spectrum")))
+            for layer in facts["layers"]
+        ]
+    C = context.covariance(members[0].name).to(next(model.parameters()).device)
+    metric = Metric(C, options.exponent, damping(C, options.damp))
+    parts = [
+        _factorise(spec, weight_of(model, spec), metric, context.tokens[group], group, options) for spec in members
+    ]
+    if journal is not None:
+        named = {
+            f"{p.layer.name}.{part}": t for p in parts for part, t in (("A", p.A), ("B", p.B), ("spectrum", p.spectrum))
+        }
+        journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
+    return parts
+
+
+def _factorise(spec: LayerSpec, W: Tensor, metric: Metric, tokens: int, group: str, options: AdapterOptions) -> _Part:
     rank = options.rank
     try:
         found = linalg.subspace(W, metric, rank, _END[options.mode])
@@ -235,4 +268,4 @@ def _factorise(
         dead,
         float(A.norm()) / max(float(B.norm()), 1e-30),
     )
-    return layer, (A.cpu(), B.cpu()), values.float().cpu()
+    return _Part(layer, A.cpu(), B.cpu(), values.float().cpu())

@@ -1,0 +1,80 @@
+"""Collect one block after the other, so that memory does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from corda.context.blocks import block_arguments, run_block
+from corda.context.capture import Capture, Captured, hooked
+from corda.data.batches import Batch
+from corda.journal import Journal
+from corda.progress import Progress
+from corda.targets import LayerSpec
+
+
+def streamed(
+    model: PreTrainedModel,
+    body: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    parts: Sequence[Batch],
+    layers: Sequence[LayerSpec],
+    *,
+    inputs_of: Callable[[Batch], dict[str, Any]],
+    journal: Journal | None,
+    progress: Progress,
+) -> Iterator[Captured]:
+    """Run the calibration set through one block at a time and yield each block's covariances.
+
+    Hidden states of the whole set wait on the CPU between blocks: tokens x d x bytes. A block whose part is in the
+    journal is run for its hidden states only, and not even that while no later block needs them.
+
+    Args:
+        model: The whole model, for hooks.
+        body: The part of it that is run.
+        blocks: Name and module of each block, in order.
+        parts: Calibration batches, on the CPU.
+        layers: Target layers, all inside the blocks.
+        inputs_of: Keyword arguments of `body` for a batch.
+        journal: Finished blocks, or None.
+        progress: Shows how far it is.
+    """
+    device = next(model.parameters()).device
+    modules = [block for _, block in blocks]
+    members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
+    known = [Captured.noted(journal, _key(i)) if journal else None for i in range(len(blocks))]
+    needed = max((i for i in range(len(blocks)) if members[i] and known[i] is None), default=-1)
+    hidden: list[Tensor] = []
+    wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
+    for index in progress(range(len(blocks)), "collect", len(blocks)):
+        done = known[index]
+        if index <= needed:
+            capture = Capture(members[index] if done is None else [])
+            with hooked(model, capture):
+                for b, cpu_batch in enumerate(parts):
+                    batch = cpu_batch.to(device)
+                    with torch.no_grad():
+                        entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
+                    states = hidden[b].to(device) if index else entering
+                    with capture.batch(batch.counts):
+                        out, wrap = run_block(modules[index], states, args, kwargs)
+                    if index == 0:
+                        hidden.append(out.cpu())
+                    else:
+                        hidden[b] = out.cpu()
+                capture.check_finite()
+            if done is None and members[index]:
+                done = capture.captured()
+                if journal is not None:
+                    journal.put(_key(index), done.packed, done.facts())
+                    done = Captured.noted(journal, _key(index))
+        if done is not None:
+            yield done
+
+
+def _key(index: int) -> str:
+    return f"block-{index:04d}"

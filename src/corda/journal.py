@@ -1,0 +1,97 @@
+"""Finished parts of a stage that is under way, so that an interrupted stage continues at the next part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from corda import artifact
+
+
+class Journal:
+    """A folder of parts, each a safetensors file with facts beside it, valid for one fingerprint.
+
+    A part counts once its facts are there, which are written last and hold the tensors' hash; a part that was cut off
+    or changed is done again. Parts of another fingerprint are removed.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        owner = folder / "journal.json"
+        known = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
+        if known != {"fingerprint": fingerprint}:
+            shutil.rmtree(folder, ignore_errors=True)
+            artifact.make_folder(folder)
+            artifact.write_json(owner, {"fingerprint": fingerprint})
+
+    def facts(self, key: str) -> dict[str, Any] | None:
+        """What was noted with a finished part, None if it is not finished."""
+        try:
+            noted = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            if artifact.file_hash(self.path(key)) != noted["sha256"]:
+                return None
+        except (OSError, ValueError, KeyError):
+            return None
+        facts: dict[str, Any] = noted["facts"]
+        return facts
+
+    def path(self, key: str) -> Path:
+        """The part's tensors."""
+        return self.folder / f"{key}.safetensors"
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Note a finished part.
+
+        Raises:
+            ResourceError: not enough space.
+        """
+        artifact.need_disk(self.folder, sum(t.numel() * t.element_size() for t in tensors.values()))
+        temporary = self.folder / f".{key}.{os.getpid()}"
+        save_file(dict(tensors), temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(self.path(key))
+        noted = {"sha256": artifact.file_hash(self.path(key)), "facts": dict(facts)}
+        artifact.write_json(self.folder / f"{key}.json", noted)
+
+    def remove(self) -> None:
+        """Drop what is left, the stage being finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of several safetensors files, each read when asked for.
+
+    Attributes:
+        places: Name -> file.
+    """
+
+    def __init__(self, places: Mapping[str, Path]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.places[name], framework="pt") as stream:
+            tensor = stream.get_tensor(name)
+            assert isinstance(tensor, Tensor)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def merged(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """One mapping of several with distinct names; lazy if all of them are."""
+    if all(isinstance(part, LazyTensors) for part in parts):
+        return LazyTensors({n: p for part in parts if isinstance(part, LazyTensors) for n, p in part.places.items()})
+    return {name: part[name] for part in parts for name in part}

@@ -1,0 +1,100 @@
+"""Block by block equals the whole model, for the layouts that users bring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from corda.context.blocks import find_blocks
+from corda.context.collect import collect_encoded
+from corda.data.batches import encode, pack
+from corda.data.formats import to_records
+from corda.journal import Journal, LazyTensors
+from corda.targets import find_targets
+
+COMMON = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+}
+FAMILIES = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    "qwen3": SIZES,
+    "mistral": SIZES | {"sliding_window": 16},
+    "gemma": SIZES,
+    "gemma2": SIZES | {"sliding_window": 8},
+    "gemma3_text": SIZES | {"sliding_window": 8},
+    "phi": SIZES,
+    "phi3": SIZES,
+    "gpt_neox": {k: v for k, v in SIZES.items() if k not in {"num_key_value_heads", "head_dim"}},
+    "gpt2": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 80},
+}
+
+
+def build(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.fixture
+def encoded(tokenizer, texts):
+    return [encode(record, tokenizer) for record in to_records([{"text": text} for text in texts])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_streamed_is_whole(family, packed, encoded):
+    model = build(family)
+    layers = find_targets(model)
+    rows = pack(encoded, 100) if packed else encoded
+    streamed, whole = (
+        collect_encoded(model, rows, layers, pad_token_id=0, batch_size=7, stream=stream) for stream in (True, False)
+    )
+    assert not any("collected whole" in w for w in streamed.warnings)
+    assert streamed.groups == whole.groups
+    assert streamed.tokens == whole.tokens
+    for layer in layers:
+        assert torch.equal(streamed.covariance(layer.name), whole.covariance(layer.name)), layer.name
+
+
+def test_the_model_is_left_as_it_was(model, encoded):
+    model.train()
+    before = [(type(m), set(vars(m)), m.training, len(m._forward_pre_hooks)) for m in model.modules()]
+    collect_encoded(model, encoded, find_targets(model), pad_token_id=0)
+    assert [(type(m), set(vars(m)), m.training, len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+def test_targets_outside_the_blocks_are_collected_whole_with_a_message(model, encoded):
+    layers = find_targets(model, ["lm_head", "o_proj"])
+    assert find_blocks(model.base_model, model, layers) is None
+    context = collect_encoded(model, encoded, layers, pad_token_id=0)
+    assert any("collected whole" in warning for warning in context.warnings)
+
+
+def test_finished_blocks_are_not_collected_again(model, encoded, tmp_path):
+    layers = find_targets(model)
+    straight = collect_encoded(model, encoded, layers, pad_token_id=0)
+    book = Journal(tmp_path / "j", "k")
+    collect_encoded(model, encoded, layers, pad_token_id=0, journal=book)
+    book.path("block-0001").unlink()
+    calls = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
+    again = collect_encoded(model, encoded, layers, pad_token_id=0, journal=book)
+    handle.remove()
+    assert calls  # block 0 ran for its hidden states
+    assert isinstance(again.packed, LazyTensors)
+    for layer in layers:
+        assert torch.equal(again.covariance(layer.name), straight.covariance(layer.name))
+    calls.clear()
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
+    collect_encoded(model, encoded, layers, pad_token_id=0, journal=book)
+    handle.remove()
+    assert not calls  # everything was in the journal
