@@ -135,15 +135,19 @@ class Stages:
             return self._plan
         found = self._reusable("plan")
         if found is None:
-            context = self.context()
+            context, key = self.context(), self.inputs.fingerprints["plan"]
+            journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
                 plan = plans.make_plan(
-                    self._base(), context or self.inputs.targets, self.recipe.adapter, progress=self.progress
+                    self._base(),
+                    context or self.inputs.targets,
+                    self.recipe.adapter,
+                    journal=journal,
+                    progress=self.progress,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
-            found = plans.save(
-                plan, self.folder / "plan", self.inputs.fingerprints["plan"], parents, self._costs("plan")
-            )
+            found = plans.save(plan, self.folder / "plan", key, parents, self._costs("plan"))
+            journal.remove()
         self._plan = plans.load(found)
         return self._plan
 
