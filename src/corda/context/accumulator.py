@@ -7,6 +7,7 @@ from torch import Tensor
 
 _MIN_BLOCK = 128
 _BLOCKS = 8
+_STRIP = 256
 
 
 class Accumulator:
@@ -48,16 +49,21 @@ class Accumulator:
 
 
 def pack_upper(matrix: Tensor) -> Tensor:
-    """Upper triangle of (d, d), row by row, as a vector of d(d+1)/2."""
+    """Upper triangle of (d, d) as a vector: strips of 256 rows, each from its diagonal block to the right edge."""
     d = matrix.shape[0]
-    rows, columns = torch.triu_indices(d, d, device=matrix.device)
-    return matrix[rows, columns]
+    return torch.cat([matrix[s : s + _STRIP, s:].reshape(-1) for s in range(0, d, _STRIP)])
 
 
 def unpack_upper(packed: Tensor, d: int) -> Tensor:
-    """The symmetric (d, d) matrix of a packed upper triangle."""
+    """The symmetric (d, d) matrix of a packed upper triangle; diagonal blocks are mirrored from above too."""
     matrix = packed.new_empty(d, d)
-    rows, columns = torch.triu_indices(d, d, device=packed.device)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
+    place = 0
+    for s in range(0, d, _STRIP):
+        rows = min(_STRIP, d - s)
+        strip = packed[place : place + rows * (d - s)].reshape(rows, d - s)
+        place += strip.numel()
+        block = strip[:, :rows].triu()
+        matrix[s : s + rows, s : s + rows] = block + block.triu(1).T
+        matrix[s : s + rows, s + rows :] = strip[:, rows:]
+        matrix[s + rows :, s : s + rows] = strip[:, rows:].T
     return matrix

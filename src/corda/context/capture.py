@@ -21,7 +21,7 @@ class Captured:
     """What was collected for some layers.
 
     Attributes:
-        packed: Group name -> upper triangle of C = X Xᵀ / T, d(d+1)/2 fp32, on the CPU or still on disk.
+        packed: Group name -> packed upper triangle of C = X Xᵀ / T, fp32, on the CPU or still on disk.
         tokens: Group name -> T.
         groups: Layer name -> group name, for every layer that was reached.
     """

@@ -27,7 +27,7 @@ class Context:
         layers: Every target layer that saw tokens, in module order.
         groups: Layer name -> group name; layers of a group share their input.
         tokens: Group name -> number of tokens.
-        packed: Group name -> upper triangle of C = X Xᵀ / T, d(d+1)/2 fp32, in memory or read when asked for.
+        packed: Group name -> packed upper triangle of C = X Xᵀ / T, fp32, in memory or read when asked for.
         warnings: What a person should know of the calibration, e.g. too few tokens.
     """
 
