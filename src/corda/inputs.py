@@ -70,7 +70,7 @@ class Inputs:
             model,
             data,
             identify(r.context_source()),
-            r.context.model_dump(mode="json", exclude={"batch_size", "stream"}),
+            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload"}),
             r.adapter.target_modules,
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})

@@ -120,6 +120,21 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def pick_dtype(options: ModelOptions) -> torch.dtype:
+    """The dtype of a run's weights where it has to be known before loading.
+
+    Raises:
+        ModelError: "auto" on a GPU, where the checkpoint would decide.
+    """
+    if options.dtype != "auto":
+        dtype = getattr(torch, options.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if pick_device(options.device).type != "cpu":
+        raise ModelError("off-loaded weights need a dtype", where="model.dtype", fix="set it, for example to bfloat16")
+    return torch.float32
+
+
 def identity(source: Source, options: ModelOptions) -> str:
     """Hash of what the weights are: a Hub commit, or a local folder's names, sizes and the edges of each file."""
     folder = Path(source.path)

@@ -30,6 +30,7 @@ from corda.evaluation.evaluate import Scores, evaluate
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
+from corda.offload import LazyWeights, empty_model
 from corda.plan import plan as plans
 from corda.plan.plan import Plan
 from corda.progress import Progress, silent
@@ -111,8 +112,9 @@ class Stages:
                     pack_to=options.pack_to,
                     seed=r.seed,
                 )
+                model, weights = self._for_context()
                 context = collect.collect_encoded(
-                    self._base(),
+                    model,
                     chosen,
                     self.inputs.targets,
                     pad_token_id=collect.pad_id(self.inputs.tokenizer),
@@ -121,6 +123,8 @@ class Stages:
                     skip_unseen=options.skip_unseen,
                     stream=options.stream,
                     journal=journal,
+                    weights=weights,
+                    device=models.pick_device(r.model.device),
                     progress=self.progress,
                 )
             store.save(context, self.folder / "context", self.inputs.fingerprints["context"], self._costs("collect"))
@@ -138,11 +142,14 @@ class Stages:
             context, key = self.context(), self.inputs.fingerprints["plan"]
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
+                model, lazy = self._for_context()
                 plan = plans.make_plan(
-                    self._base(),
+                    model,
                     context or self.inputs.targets,
                     self.recipe.adapter,
                     journal=journal,
+                    weights=lazy.get if lazy else None,
+                    device=models.pick_device(self.recipe.model.device),
                     progress=self.progress,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
@@ -256,6 +263,14 @@ class Stages:
             gc.collect()
             self._live = models.load(self.recipe.model).model
         return self._live
+
+    def _for_context(self) -> tuple[PreTrainedModel, LazyWeights | None]:
+        """The base, or with off-loading its empty shell and where its weights come from."""
+        if not self.recipe.context.offload:
+            return self._base(), None
+        dtype = models.pick_dtype(self.recipe.model)
+        shell = empty_model(self.inputs.source, self.recipe.model, dtype)
+        return shell, LazyWeights(self.inputs.source, shell, dtype)
 
     def _attach(self) -> tuple[PeftModel, dict[str, Any]]:
         plan, base = self.plan(), self._base()

@@ -77,6 +77,7 @@ class ContextOptions(_Strict):
     positions: Literal["all", "response"] = Field("all", description="which tokens count")
     batch_size: PositiveInt = Field(8, description="records per forward pass; does not change the result")
     stream: bool = Field(True, description="one block after the other where the model allows; same result, less memory")
+    offload: bool = Field(False, description="weights of one block at a time in memory, the rest stays on disk")
     skip_unseen: bool = Field(False, description="leave out layers that saw no token instead of failing")
 
 

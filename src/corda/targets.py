@@ -98,9 +98,15 @@ def output_head(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def weight_of(model: nn.Module, layer: LayerSpec) -> Tensor:
-    """The layer's weight as (d_out, d_in) fp32, detached; a view where no conversion is needed."""
-    weight = model.get_submodule(layer.name).weight
+def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) -> Tensor:
+    """The layer's weight as (d_out, d_in) fp32, detached; a view where no conversion is needed.
+
+    Args:
+        model: Where the layer is.
+        layer: Which one.
+        weight: The stored parameter, where the model itself has none.
+    """
+    weight = model.get_submodule(layer.name).weight if weight is None else weight
     assert isinstance(weight, Tensor)
     weight = weight.detach()
     if layer.kind == "conv1d":

@@ -15,6 +15,7 @@ RANKS = [
     {"krylov", "journal"},
     {"linalg"},
     {"targets", "models"},
+    {"offload"},
     {"data"},
     {"context"},
     {"plan"},

@@ -98,3 +98,50 @@ def test_finished_blocks_are_not_collected_again(model, encoded, tmp_path):
     collect_encoded(model, encoded, layers, pad_token_id=0, journal=book)
     handle.remove()
     assert not calls  # everything was in the journal
+
+
+def test_offloaded_is_whole_with_one_block_in_memory_at_a_time(pico, model, encoded):
+    from corda.models import Source
+    from corda.offload import LazyWeights, empty_model
+    from corda.plan.plan import make_plan
+    from corda.recipe import ModelOptions
+
+    source = Source(str(pico), None)
+    shell = empty_model(source, ModelOptions(model_name_or_path=str(pico)), torch.float32)
+    weights = LazyWeights(source, shell, torch.float32)
+    present: list[set[str]] = []
+    original = type(shell.model.layers[0].mlp).forward
+
+    def spy(self, x):
+        present.append(
+            {n.split(".")[2] for n, p in shell.named_parameters() if p.device.type != "meta" and "layers" in n}
+        )
+        return original(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(shell.model.layers[0].mlp), "forward", spy)
+        lazy = collect_encoded(
+            shell, encoded, find_targets(shell), pad_token_id=0, weights=weights, device=torch.device("cpu")
+        )
+    assert {frozenset(p) for p in present} == {frozenset("0"), frozenset("1")}
+    assert all(p.device.type == "meta" for p in shell.parameters())
+    whole = collect_encoded(model, encoded, find_targets(model), pad_token_id=0, stream=False)
+    for layer in whole.layers:
+        assert torch.equal(lazy.covariance(layer.name), whole.covariance(layer.name))
+    one = make_plan(model, whole, rank=4)
+    two = make_plan(shell, lazy, rank=4, weights=weights.get, device=torch.device("cpu"))
+    for layer in whole.layers:
+        assert torch.equal(one.factors[layer.name][0], two.factors[layer.name][0])
+
+
+def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):
+    from corda import artifact, pipeline
+    from corda.recipe import parse_recipe
+
+    for name, offload in (("plain", False), ("lazy", True)):
+        raw = raw_recipe | {"output_dir": str(tmp_path / name)}
+        raw["context"] = raw["context"] | {"offload": offload}
+        with pipeline.opened(parse_recipe(raw)) as stages:
+            stages.plan()
+    files = [artifact.read(tmp_path / n / "plan", "plan").manifest["files"] for n in ("plain", "lazy")]
+    assert files[0] == files[1]

@@ -15,8 +15,9 @@ from corda.context.store import Context
 from corda.context.stream import streamed
 from corda.data.batches import Batch, Encoded, batches, calibration_set
 from corda.data.formats import Template, to_records
-from corda.errors import CalibrationError
+from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
+from corda.offload import LazyWeights
 from corda.progress import Progress, silent
 from corda.targets import LayerSpec, find_targets
 
@@ -82,6 +83,8 @@ def collect_encoded(
     skip_unseen: bool = False,
     stream: bool = True,
     journal: Journal | None = None,
+    weights: LazyWeights | None = None,
+    device: torch.device | None = None,
     progress: Progress = silent,
 ) -> Context:
     """`collect` for records that are tokens already and layers that are chosen already.
@@ -96,7 +99,12 @@ def collect_encoded(
         skip_unseen: Leave out layers that saw no token instead of failing.
         stream: One block after the other where the model allows it; the result is the same.
         journal: Where finished blocks are kept, so that an interrupted collection continues.
+        weights: For a model without weights: where those of one block at a time come from.
+        device: To compute on; default: that of the model.
         progress: Shows how far it is.
+
+    Raises:
+        ModelError: `weights` for a model whose targets do not all lie in one list of blocks.
     """
     parts = list(batches(encoded, pad_token_id, batch_size, response_only=response_only))
     body = _body(model, layers)
@@ -104,9 +112,26 @@ def collect_encoded(
     notes: list[str] = []
     if blocks is not None:
         found = list(
-            streamed(model, body, blocks, parts, layers, inputs_of=model_inputs, journal=journal, progress=progress)
+            streamed(
+                model,
+                body,
+                blocks,
+                parts,
+                layers,
+                inputs_of=model_inputs,
+                journal=journal,
+                weights=weights,
+                device=device,
+                progress=progress,
+            )
         )
     else:
+        if weights is not None:
+            raise ModelError(
+                "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
+                where="context.offload",
+                fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
+            )
         if stream:
             notes.append("collected whole, not in blocks: the targets do not all lie in one list of blocks")
         found = [_whole(model, body, progress(parts, "collect", len(parts)), layers)]

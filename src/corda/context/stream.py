@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
 from corda.data.batches import Batch
 from corda.journal import Journal
+from corda.offload import LazyWeights
 from corda.progress import Progress
 from corda.targets import LayerSpec
 
@@ -27,6 +29,8 @@ def streamed(
     inputs_of: Callable[[Batch], dict[str, Any]],
     journal: Journal | None,
     progress: Progress,
+    weights: LazyWeights | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Captured]:
     """Run the calibration set through one block at a time and yield each block's covariances.
 
@@ -42,8 +46,10 @@ def streamed(
         inputs_of: Keyword arguments of `body` for a batch.
         journal: Finished blocks, or None.
         progress: Shows how far it is.
+        weights: Where a model without weights gets those of one block at a time.
+        device: To compute on; default: that of the model.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     modules = [block for _, block in blocks]
     members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
     known = [Captured.noted(journal, _key(i)) if journal else None for i in range(len(blocks))]
@@ -54,7 +60,12 @@ def streamed(
         done = known[index]
         if index <= needed:
             capture = Capture(members[index] if done is None else [])
-            with hooked(model, capture):
+            with ExitStack() as stack:
+                if weights is not None:
+                    embedding = model.get_input_embeddings()
+                    stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
+                    stack.enter_context(weights.on(modules[index], blocks[index][0], device))
+                stack.enter_context(hooked(model, capture))
                 for b, cpu_batch in enumerate(parts):
                     batch = cpu_batch.to(device)
                     with torch.no_grad():
@@ -74,6 +85,11 @@ def streamed(
                     done = Captured.noted(journal, _key(index))
         if done is not None:
             yield done
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    names: list[str] = [name for name, module in model.named_modules() if module is wanted]
+    return names[0]
 
 
 def _key(index: int) -> str:

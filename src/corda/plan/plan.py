@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -119,6 +120,8 @@ def make_plan(
     options: AdapterOptions | None = None,
     *,
     journal: Journal | None = None,
+    weights: Callable[[str], Tensor] | None = None,
+    device: torch.device | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -129,6 +132,8 @@ def make_plan(
         context: Covariances, or the bare layers for mode "lora".
         options: Adapter options.
         journal: Where finished layers are kept, so that an interrupted decomposition continues.
+        weights: For a model without weights: gives a parameter by its full name.
+        device: To compute on; default: that of the model.
         progress: Shows how far it is.
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
@@ -147,8 +152,14 @@ def make_plan(
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     spectra: dict[str, Tensor] = {}
     groups = context.members()
+    device = device or next(model.parameters()).device
+
+    def weight(spec: LayerSpec) -> Tensor:
+        given = weights(f"{spec.name}.weight") if weights is not None else None
+        return weight_of(model, spec, given).to(device)
+
     for group, members in progress(groups.items(), "decompose", len(groups)):
-        for part in _group(model, context, group, members, options, journal):
+        for part in _group(weight, context, group, members, options, journal, device):
             name = part.layer.name
             layers[name], factors[name], spectra[name] = part.layer, (part.A, part.B), part.spectrum
     dead = sum(layer.dead for layer in layers.values())
@@ -215,12 +226,13 @@ class _Part:
 
 
 def _group(
-    model: nn.Module,
+    weight: Callable[[LayerSpec], Tensor],
     context: Context,
     group: str,
     members: Sequence[LayerSpec],
     options: AdapterOptions,
     journal: Journal | None,
+    device: torch.device,
 ) -> list[_Part]:
     """The layers that share an input, from the journal where they are done already."""
     facts = journal.facts(group) if journal else None
@@ -230,11 +242,9 @@ def _group(
             _Part(LayerPlan(**layer), *(tensors[f"{layer['name']}.{part}"] for part in ("A", "B", "spectrum")))
             for layer in facts["layers"]
         ]
-    C = context.covariance(members[0].name).to(next(model.parameters()).device)
+    C = context.covariance(members[0].name).to(device)
     metric = Metric(C, options.exponent, damping(C, options.damp))
-    parts = [
-        _factorise(spec, weight_of(model, spec), metric, context.tokens[group], group, options) for spec in members
-    ]
+    parts = [_factorise(spec, weight(spec), metric, context.tokens[group], group, options) for spec in members]
     if journal is not None:
         named = {
             f"{p.layer.name}.{part}": t for p in parts for part, t in (("A", p.A), ("B", p.B), ("spectrum", p.spectrum))

@@ -1,0 +1,94 @@
+"""Weights that stay in their safetensors files until a block needs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from corda.errors import ModelError
+from corda.models import Source
+from corda.recipe import ModelOptions
+
+
+class LazyWeights:
+    """A checkpoint's tensors by the model's own parameter names, read when asked for.
+
+    Raises:
+        ModelError: the checkpoint is not in safetensors, or has no tensor for a parameter of the model.
+    """
+
+    def __init__(self, source: Source, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        folder = Path(source.path)
+        if not folder.is_dir():
+            allowed = ["*.safetensors", "*.json"]
+            folder = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=allowed))
+        self._dtype = dtype
+        self._places = _index(folder)
+        prefix = f"{model.base_model_prefix}."
+        self._keys: dict[str, str] = {}
+        tied = set(model.all_tied_weights_keys)
+        for name, _ in model.named_parameters():
+            key = next((k for k in (name, name.removeprefix(prefix)) if k in self._places), None)
+            if key is not None:
+                self._keys[name] = key
+            elif name not in tied:
+                raise ModelError(
+                    "weights cannot be off-loaded: the checkpoint names them in another way",
+                    where=f"{source.path}, {name}",
+                    fix="set context.offload: false",
+                )
+
+    def get(self, name: str) -> Tensor:
+        """One parameter, on the CPU, in the dtype of the run."""
+        key = self._keys[name]
+        with safe_open(self._places[key], framework="pt") as stream:
+            tensor = stream.get_tensor(key)
+            assert isinstance(tensor, Tensor)
+            return tensor.to(self._dtype)
+
+    @contextmanager
+    def on(self, module: nn.Module, prefix: str, device: torch.device) -> Iterator[None]:
+        """Inside, the parameters of `module` (named `prefix` in the model) are on `device`; after, nowhere."""
+        names = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
+        try:
+            for name in names:
+                set_module_tensor_to_device(
+                    module, name, device, value=self.get(f"{prefix}.{name}" if prefix else name)
+                )
+            yield
+        finally:
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+
+def empty_model(source: Source, options: ModelOptions, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its buffers but without weights."""
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(source.path, revision=source.revision, **trusted)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
+    return model.eval()
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {key: folder / name for key, name in weight_map.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ModelError(
+            "weights cannot be off-loaded: no safetensors", where=str(folder), fix="convert the checkpoint"
+        )
+    with safe_open(single, framework="pt") as stream:
+        return dict.fromkeys(stream.keys(), single)
