@@ -106,12 +106,10 @@ def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) 
         layer: Which one.
         weight: The stored parameter, where the model itself has none.
     """
-    weight = model.get_submodule(layer.name).weight if weight is None else weight
-    assert isinstance(weight, Tensor)
-    weight = weight.detach()
-    if layer.kind == "conv1d":
-        weight = weight.T
-    return weight.to(torch.float32)
+    stored = model.get_submodule(layer.name).weight if weight is None else weight
+    assert isinstance(stored, Tensor)
+    stored = stored.detach()
+    return (stored.T if layer.kind == "conv1d" else stored).to(torch.float32)
 
 
 def _ends_in(name: str, target: str) -> bool:
