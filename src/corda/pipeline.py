@@ -189,7 +189,9 @@ class Stages:
         with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
             model.save_pretrained(str(temporary))
             artifact.write_json(temporary / "curve.json", vars(curve))
-            extra.update(step0=step0, **self._costs("train"))
+            cut = sum(not any(one.response) for one in encoded)
+            notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
+            extra.update(step0=step0, warnings=notes, **self._costs("train"))
         return artifact.read(self.folder / "train", "train", verify=False)
 
     def after(self) -> Scores:
@@ -250,7 +252,7 @@ class Stages:
             "export": {k: v for k, v in exported.items() if k not in {"costs", "sha256", "fingerprint"}},
             "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
             "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
-            "warnings": list(plan.warnings),
+            "warnings": [*plan.warnings, *trained.manifest["warnings"]],
             "provenance": artifact.provenance(),
         }
         artifact.write_json(self.folder / RESULTS, results)

@@ -124,6 +124,7 @@ class TrainingOptions(BaseModel):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(0.03, ge=0, description="steps, or below 1 a share of all steps")
     weight_decay: float = Field(0.0, ge=0, description="pulls BA to 0, away from the start: see docs/footguns.md")
+    decay_to_init: float = Field(0.0, ge=0, description="decoupled decay towards the initial factors instead of to 0")
     max_grad_norm: float = 1.0
     bf16: bool | None = Field(None, description="mixed precision; default: on a GPU that has it, never on a CPU")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")

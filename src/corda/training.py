@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from corda import artifact
+from corda.adapter import INITIAL, TRAINED
 from corda.data.batches import Encoded
-from corda.errors import DataError
+from corda.errors import DataError, RecipeError
 from corda.recipe import TrainingOptions
 
-_OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16"}
+_OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}
 _IGNORED = -100
 
 
@@ -96,6 +97,8 @@ def train(
         **passed,
     )
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    if options.decay_to_init:
+        trainer.add_callback(DecayToInit(model, options.decay_to_init))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
@@ -108,6 +111,36 @@ def train(
         tuple(float(e["learning_rate"]) for e in logged),
         seconds,
     )
+
+
+class DecayToInit(TrainerCallback):  # type: ignore[misc]
+    """After each optimiser step, A and B move by learning rate x strength of the way back to A0 and B0.
+
+    Ordinary weight decay would pull an adapter that does not start at zero towards zero, and so take components of
+    the base away.
+    """
+
+    def __init__(self, model: PeftModel, strength: float) -> None:
+        parameters = dict(model.named_parameters())
+        self.strength = strength
+        self.pairs = [
+            (trained, parameters[initial].detach())
+            for name, trained in parameters.items()
+            if trained.requires_grad and (initial := name.replace(f".{TRAINED}.", f".{INITIAL}.")) in parameters
+        ]
+        if not self.pairs or any(one is two for one, two in self.pairs):
+            raise RecipeError(
+                "decay_to_init needs an adapter with initial factors",
+                where="training.decay_to_init",
+                fix="use mode kpm or ipm, or weight_decay for plain LoRA",
+            )
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer between the optimiser's step and the zeroing of gradients."""
+        weight = self.strength * kwargs["optimizer"].param_groups[0]["lr"]
+        for trained, initial in self.pairs:
+            trained.lerp_(initial.to(trained.dtype), weight)
 
 
 def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:

@@ -192,3 +192,16 @@ def test_target_forms(model):
 def test_model_inputs_of_an_unpacked_batch_have_a_plain_mask():
     batch = next(iter(batches([Encoded((5, 6, 7), (True,) * 3), Encoded((8,), (True,))], 0, 2)))
     assert model_inputs(batch)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_tf32_is_off_inside_and_back_after(model, tokenizer, texts):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        seen = []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+        collect(model, tokenizer, texts[:3])
+        assert set(seen) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

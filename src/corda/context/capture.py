@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from corda.context.accumulator import Accumulator, pack_upper
 from corda.errors import CalibrationError
 from corda.journal import Journal, LazyTensors
+from corda.metric import full_precision
 from corda.targets import LayerSpec
 
 
@@ -151,7 +152,7 @@ def hooked(model: nn.Module, capture: Capture) -> Iterator[nn.Module]:
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             yield model
     finally:
         for handle in handles:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from corda.data.formats import Record, Template, render
+from corda.data.batches import encode_segments
+from corda.data.formats import Record, Segment, Template, render
 from corda.evaluation.scores import Score, mean
 from corda.progress import Progress, silent
 
@@ -101,14 +102,14 @@ def generate(
         progress: Shows how far it is.
     """
     device = next(model.parameters()).device
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    ids = [encode_segments([Segment(prompt, False)], tokenizer).ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_ends(model, tokenizer),
         stop_strings=[s for s in stop if s.strip()] or None,
     )
     texts = [""] * len(ids)
@@ -133,6 +134,13 @@ def normalise(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces."""
     text = "".join(" " if c in string.punctuation else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: chat models often have one for the turn besides the tokenizer's own."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    known = known if isinstance(known, list) else [known]
+    return sorted({int(token) for token in (*known, tokenizer.eos_token_id) if token is not None})
 
 
 def _final(text: str, after: str | None) -> str:

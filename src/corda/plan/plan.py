@@ -17,7 +17,7 @@ from corda import artifact, linalg
 from corda.context.store import Context
 from corda.errors import PlanError
 from corda.journal import Journal
-from corda.metric import Metric, damping
+from corda.metric import Metric, damping, full_precision
 from corda.progress import Progress, silent
 from corda.recipe import AdapterOptions, Mode
 from corda.targets import LayerSpec, weight_of
@@ -159,7 +159,9 @@ def make_plan(
         return weight_of(model, spec, given).to(device)
 
     for group, members in progress(groups.items(), "decompose", len(groups)):
-        for part in _group(weight, context, group, members, options, journal, device):
+        with torch.no_grad(), full_precision():
+            parts = _group(weight, context, group, members, options, journal, device)
+        for part in parts:
             name = part.layer.name
             layers[name], factors[name], spectra[name] = part.layer, (part.A, part.B), part.spectrum
     dead = sum(layer.dead for layer in layers.values())
