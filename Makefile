@@ -29,5 +29,13 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_architecture.py
 
+# DATA is a folder with the data sets that benchmarks/ names.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/decompose.py
+	$(BIN)/python benchmarks/memory_depth.py
+	$(BIN)/python benchmarks/init_smollm2.py $(DATA)
+	$(BIN)/python benchmarks/collect_overhead.py $(DATA)
+	$(BIN)/python benchmarks/demo_seeds.py
+
 clean:
 	rm -rf $(VENV) runs

@@ -91,6 +91,7 @@ def test_defect_07_what_was_made_for_other_settings_is_not_reused(raw_recipe):
             plan = stages.plan()
             assert plan.layers[0].rank == raw_recipe["adapter"]["rank"]
             factors.append(plan.factors["model.layers.0.mlp.down_proj"][0])
+    assert factors[0].shape != factors[1].shape
     assert not torch.equal(factors[1], factors[2])
     assert not torch.equal(factors[2], factors[3])
 

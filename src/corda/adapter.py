@@ -161,6 +161,7 @@ def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
             for name, rank in ranks.items()
             if rank != r
         },
+        fan_in_fan_out=all(layer.kind == "conv1d" for layer in plan.layers),
         init_lora_weights=plan.mode == "lora",
         base_model_name_or_path=getattr(model, "name_or_path", None),
     )

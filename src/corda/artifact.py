@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,9 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from corda.errors import ArtifactError, ResourceError
 
 SCHEMA = 1
+TEMPORARY = ".corda."
 MANIFEST = "manifest.json"
 _PACKAGES = ("corda-adapt", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
 
@@ -47,7 +51,7 @@ class Artifact:
 
 def fingerprint(*parts: Any) -> str:
     """Hash JSON-compatible parts; key order does not matter. 16 hex digits."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps([SCHEMA, *parts], sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -94,33 +98,39 @@ def claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         ResourceError: no space, or it cannot be written.
     """
     owner = folder / "run.json"
-    if folder.is_dir() and any(folder.iterdir()):
-        if not owner.is_file():
-            raise ArtifactError(
-                "output_dir holds files that are not a run's", where=str(folder), fix="name another output_dir"
-            )
-        other = json.loads(owner.read_text(encoding="utf-8"))
-        changed = [key for key in identity if other.get(key) != identity[key]]
-        if changed:
-            raise ArtifactError(
-                "output_dir belongs to another run",
-                where=str(folder),
-                got=", ".join(f"{key} {other.get(key)!r}" for key in changed),
-                expected=", ".join(f"{key} {identity[key]!r}" for key in changed),
-                fix="name another output_dir",
-            )
+    _refuse_foreign(folder, identity)
     need_disk(folder, 1 << 20)
     make_folder(folder)
-    write_json(owner, dict(identity))
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ArtifactError("output_dir is in use by another process", where=str(folder)) from None
-        for leftover in folder.glob(".*"):  # of killed processes
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+        _refuse_foreign(folder, identity)  # once more: it may have changed before the lock was ours
+        write_json(owner, dict(identity))
+        for leftover in folder.glob(f"{TEMPORARY}*"):  # of killed processes
+            shutil.rmtree(leftover, ignore_errors=True)
         yield
+
+
+def _refuse_foreign(folder: Path, identity: Mapping[str, Any]) -> None:
+    owner = folder / "run.json"
+    if not folder.is_dir() or not any(path.name != ".lock" for path in folder.iterdir()):
+        return
+    if not owner.is_file():
+        raise ArtifactError(
+            "output_dir holds files that are not a run's", where=str(folder), fix="name another output_dir"
+        )
+    other = read_json(owner)
+    changed = [key for key in identity if other.get(key) != identity[key]]
+    if changed:
+        raise ArtifactError(
+            "output_dir belongs to another run",
+            where=str(folder),
+            got=", ".join(f"{key} {other.get(key)!r}" for key in changed),
+            expected=", ".join(f"{key} {identity[key]!r}" for key in changed),
+            fix="name another output_dir",
+        )
 
 
 def need_disk(folder: Path, size: int) -> None:
@@ -169,7 +179,7 @@ def writing(
     need_disk(folder, size)
     make_folder(folder.parent)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
     except OSError as error:
         raise ResourceError("the output folder cannot be written", where=str(folder.parent), got=error) from None
     extra: dict[str, Any] = {}
@@ -191,8 +201,8 @@ def writing(
         for path in [*files, temporary / MANIFEST]:
             _sync(path)
         _replace(temporary, folder)
-    except OSError as error:
-        if error.errno == 28:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise ResourceError("the disk is full", where=str(folder), fix="free some space and run again") from None
         raise
     finally:
@@ -205,18 +215,15 @@ def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
     Raises:
         ArtifactError: none there, of another kind or schema, or a file that is missing or changed.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"there is no {kind} here", where=str(folder), fix=f"run the {kind} stage") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise _corrupt(folder, MANIFEST, "its manifest is not JSON") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind or manifest.get("schema") != SCHEMA:
-        found = manifest.get("kind", "nothing of ours") if isinstance(manifest, dict) else "nothing of ours"
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(f"there is no {kind} here", where=str(folder), fix=f"run the {kind} stage")
+    manifest = read_json(folder / MANIFEST)
+    whole = {"kind", "schema", "fingerprint", "files"} <= set(manifest)
+    if not whole or manifest["kind"] != kind or manifest["schema"] != SCHEMA:
         raise ArtifactError(
             "a foreign artifact lies here",
             where=str(folder),
-            got=f"{found}, schema {manifest.get('schema') if isinstance(manifest, dict) else None}",
+            got=f"{manifest.get('kind', 'nothing of ours')}, schema {manifest.get('schema')}",
             expected=f"{kind}, schema {SCHEMA}",
             fix="name another output_dir, or remove the folder",
         )
@@ -258,7 +265,7 @@ def make_folder(folder: Path) -> None:
 
 def copy(found: Artifact, folder: Path) -> Artifact:
     """The same artifact at another place."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
     shutil.copytree(found.folder, temporary, dirs_exist_ok=True)
     _replace(temporary, folder)
     return read(folder, found.kind, verify=False)
@@ -270,6 +277,21 @@ def write_json(path: Path, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of corda's own JSON files.
+
+    Raises:
+        ArtifactError: it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise _corrupt(path.parent, path.name, "is not JSON") from None
+    if not isinstance(value, dict):
+        raise _corrupt(path.parent, path.name, "is not a JSON object")
+    return value
 
 
 def _corrupt(folder: Path, name: str, what: str) -> ArtifactError:
@@ -285,7 +307,7 @@ def _sync(path: Path) -> None:
 
 def _replace(temporary: Path, folder: Path) -> None:
     if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.old.", dir=folder.parent))
         folder.replace(old / folder.name)
         temporary.replace(folder)
         shutil.rmtree(old, ignore_errors=True)

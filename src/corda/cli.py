@@ -158,6 +158,7 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="One recipe, or the folders of finished runs", metavar="RECIPE|RUN...")
     ],
+    set_: Overrides = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; default: in the first run")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -166,9 +167,7 @@ def report(
     from corda.report.page import write_page
 
     if len(runs) == 1 and runs[0].is_file():
-        with _opened(runs[0], None) as stages:
-            stages.report()
-        runs = [stages.folder]
+        runs = [_load(runs[0], set_).output_dir]
     missing = [folder for folder in runs if not (folder / RESULTS).is_file()]
     if missing:
         raise CordaError("there is no finished run here", where=str(missing[0]), fix="run the recipe first")

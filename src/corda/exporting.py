@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from corda import artifact
 from corda.adapter import relative_difference
-from corda.errors import ArtifactError, CheckError
+from corda.errors import ArtifactError, CheckError, ModelError
+
+_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def export(
     *,
     fresh_base: Callable[[], PreTrainedModel] | None = None,
     probe: Mapping[str, Tensor] | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     card: str | None = None,
 ) -> Exported:
     """Write `model` as a plain LoRA for its original base, reload it with PEFT and compare the logits.
@@ -55,7 +57,7 @@ def export(
         folder: Where to; must not hold anything but an earlier export.
         fresh_base: Loads the original base once more; default: from the path that the model came from.
         probe: Keyword arguments of a forward pass; default: 2 x 32 token ids spread over the vocabulary.
-        tolerance: Largest relative logit difference.
+        tolerance: Largest relative logit difference; default 1e-4 for a float32 base, else 5e-2, a few roundings.
         card: Text of README.md; default: PEFT's.
 
     Raises:
@@ -64,9 +66,10 @@ def export(
         ResourceError: not enough space.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").is_file():
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= _FILES:
         raise ArtifactError("the export folder holds something else", where=str(folder), fix="name another folder")
     base = model.get_base_model()
+    tolerance = tolerance or (1e-4 if base.dtype == torch.float32 else 5e-2)
     probe = probe or spread_probe(base)
     training = model.training
     model.eval()
@@ -74,7 +77,7 @@ def export(
     model.train(training)
     parameters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
     artifact.need_disk(folder, 8 * parameters)
-    temporary = folder.with_name(f".{folder.name}.new")
+    temporary = folder.with_name(f"{artifact.TEMPORARY}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -118,9 +121,14 @@ def spread_probe(model: nn.Module) -> dict[str, Tensor]:
 
 def _loader(base: PreTrainedModel) -> Callable[[], PreTrainedModel]:
     parameter = next(base.parameters())
+    if not base.name_or_path:
+        raise ModelError("the base model has no path to load it from again", fix="give export a `fresh_base`")
+    revision = getattr(base.config, "_commit_hash", None)
 
     def load() -> PreTrainedModel:
-        model: PreTrainedModel = type(base).from_pretrained(base.name_or_path, dtype=parameter.dtype)
+        model: PreTrainedModel = type(base).from_pretrained(
+            base.name_or_path, dtype=parameter.dtype, revision=revision or "main"
+        )
         return model.to(parameter.device)
 
     return load

@@ -9,11 +9,12 @@ from typing import Any
 from corda import artifact, models
 from corda.data import sources
 from corda.data.batches import load_records
-from corda.data.formats import Record
+from corda.data.formats import Record, render
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
 from corda.plan import plan as plans
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
+from corda.training import trainer_arguments
 
 
 class Inputs:
@@ -58,13 +59,23 @@ class Inputs:
     def fingerprints(self) -> dict[str, str]:
         """Stage -> fingerprint of all that its artifact depends on."""
         r = self.recipe
-        model = [models.identity(self.source, self.recipe.model), r.model.dtype, r.model.device]
+        device = models.pick_device(r.model.device).type
+        dtype = "float32" if (r.model.dtype, device) == ("auto", "cpu") else r.model.dtype
+        model = [models.identity(self.source, self.recipe.model), dtype, device]
         data = [r.data.template, r.data.max_length, r.seed]
 
         def identify(source: Any) -> Any:
             return sources.identity(source, r.data.data_dir, r.seed) if source else None
 
-        tasks = [[name, identify(t.dataset), t.model_dump(mode="json")] for name, t in r.evaluation.tasks.items()]
+        tasks = [
+            [
+                name,
+                identify(t.dataset),
+                identify(t.shots_from),
+                t.model_dump(mode="json", exclude={"dataset", "shots_from"}),
+            ]
+            for name, t in r.evaluation.tasks.items()
+        ]
         context = artifact.fingerprint(
             "context",
             model,
@@ -102,6 +113,11 @@ class Inputs:
         if self.context_records:
             used["the calibration data"] = self.context_records
         refuse_overlap(self.tasks, used)
+        device = models.pick_device(self.recipe.model.device)
+        trainer_arguments(self.recipe.training, self.recipe.output_dir / "checkpoints", self.recipe.seed, device)
+        for records in used.values():
+            for record in records[:100]:
+                render(record, self.tokenizer, self.recipe.data.template)
         options = self.recipe.adapter
         return {
             "layers": len(targets),

@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
         owner = folder / "journal.json"
-        known = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
+        known = artifact.read_json(owner) if owner.is_file() else None
         if known != {"fingerprint": fingerprint}:
             shutil.rmtree(folder, ignore_errors=True)
             artifact.make_folder(folder)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from transformers import (
 from corda import artifact
 from corda.errors import ModelError
 from corda.recipe import ModelOptions
-
-_EDGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,20 @@ def skeleton(source: Source, options: ModelOptions) -> PreTrainedModel:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; auto takes a GPU where there is one."""
+    """The device of that name; auto takes a GPU where there is one.
+
+    Raises:
+        ModelError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError("unknown device", where="model.device", got=name, expected="auto, cpu, cuda, cuda:1") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is no GPU here", where="model.device", got=name, fix="use auto or cpu")
+    return device
 
 
 def pick_dtype(options: ModelOptions) -> torch.dtype:
@@ -136,24 +143,15 @@ def pick_dtype(options: ModelOptions) -> torch.dtype:
 
 
 def identity(source: Source, options: ModelOptions) -> str:
-    """Hash of what the weights are: a Hub commit, or a local folder's names, sizes and the edges of each file."""
+    """Hash of what the model is: a Hub commit, or the content of a local folder's files."""
     folder = Path(source.path)
     if not folder.is_dir():
         with _reading(source):
             config = AutoConfig.from_pretrained(source.path, **_common(source, options))
         return artifact.fingerprint("hub", source.path, getattr(config, "_commit_hash", None) or source.revision)
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in {".json", ".safetensors", ".bin", ".jinja"} or path.name == artifact.MANIFEST:
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_EDGE))
-            if size > _EDGE:
-                stream.seek(max(_EDGE, size - _EDGE))
-                digest.update(stream.read(_EDGE))
-    return digest.hexdigest()[:16]
+    kinds = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != artifact.MANIFEST]
+    return artifact.fingerprint("folder", {path.name: _known_hash(path) for path in files})
 
 
 def cache_folder() -> Path:
@@ -177,6 +175,21 @@ def _reading(source: Source) -> Iterator[None]:
             got=str(error).splitlines()[0],
             fix="check the name, the network, or give a local folder",
         ) from None
+
+
+def _known_hash(path: Path) -> str:
+    """sha256 of a file, remembered by place, size and time of change: a checkpoint is read in full only once."""
+    facts = path.stat()
+    key = artifact.fingerprint(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
+    memory = cache_folder() / "hashes"
+    try:
+        return (memory / key).read_text(encoding="utf-8")
+    except OSError:
+        value = artifact.file_hash(path)
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        (memory / key).write_text(value, encoding="utf-8")
+    return value
 
 
 def _gguf_in_package(package: str) -> Path:

@@ -10,7 +10,6 @@ concerns.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import adapter, artifact, exporting, models, training
 from corda.context import collect, store
 from corda.context.store import Context
-from corda.data.batches import calibration_set, encode
+from corda.data.batches import calibration_set, encode, pad_id
 from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
 from corda.inputs import Inputs
@@ -117,7 +117,7 @@ class Stages:
                     model,
                     chosen,
                     self.inputs.targets,
-                    pad_token_id=collect.pad_id(self.inputs.tokenizer),
+                    pad_token_id=pad_id(self.inputs.tokenizer),
                     batch_size=options.batch_size,
                     response_only=options.positions == "response",
                     skip_unseen=options.skip_unseen,
@@ -207,7 +207,7 @@ class Stages:
         marker = self.folder / "export.json"
         key = self.inputs.fingerprints["export"]
         if marker.is_file() and (self.folder / "adapter" / "adapter_config.json").is_file():
-            known = json.loads(marker.read_text(encoding="utf-8"))
+            known = artifact.read_json(marker)
             if known.get("fingerprint") == key and known["sha256"] == self._adapter_hash():
                 return dict(known)
         model = self._tuned()
@@ -229,7 +229,7 @@ class Stages:
         r, plan = self.recipe, self.plan()
         trained, exported = self.trained(), self.exported()
         before, after = self.before(), self.after()
-        curve = json.loads(trained.path("curve.json").read_text(encoding="utf-8"))
+        curve = artifact.read_json(trained.path("curve.json"))
         costs = [trained.manifest["costs"], exported.get("costs", {})]
         costs += [
             artifact.read(self.folder / k, k, verify=False).manifest["costs"] for k in ("plan", "before", "after")
@@ -253,7 +253,7 @@ class Stages:
             "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
             "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
             "warnings": [*plan.warnings, *trained.manifest["warnings"]],
-            "provenance": artifact.provenance(),
+            "provenance": trained.manifest["provenance"],
         }
         artifact.write_json(self.folder / RESULTS, results)
         write_page([self.folder], self.folder / "report.html")
@@ -279,11 +279,14 @@ class Stages:
         probe = self._probe()
         reference = exporting.probe_logits(base, probe)
         dtype = base.dtype
+        base.eval()
         model = adapter.attach(base, plan, base=self.recipe.adapter.base, seed=self.recipe.seed)
         self._live = model
         differences = {}
         for mode in ("eval", "train"):
-            model.train(mode == "train")
+            for module in model.modules():
+                if isinstance(module, LoraLayer):  # the base's own dropout is none of the adapter's business
+                    module.train(mode == "train")
             differences[mode] = adapter.relative_difference(exporting.probe_logits(model, probe), reference)
         model.eval()
         largest = max(differences.values())
@@ -316,7 +319,7 @@ class Stages:
         return scores
 
     def _scores(self, found: artifact.Artifact) -> Scores:
-        return Scores.from_json(json.loads(found.path("scores.json").read_text(encoding="utf-8")))
+        return Scores.from_json(artifact.read_json(found.path("scores.json")))
 
     def _reusable(self, kind: str, *elsewhere: Path) -> artifact.Artifact | None:
         own = artifact.reusable(self.folder / kind, kind, self.inputs.fingerprints[kind])

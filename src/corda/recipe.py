@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,6 +21,17 @@ RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", 
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+# Fields of TRL's that corda sets from elsewhere in the recipe.
+_SET_BY = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "model.device",
+    "max_length": "data.max_length",
+    "save_strategy": "training.save_steps",
+}
 
 
 class _Strict(BaseModel):
@@ -105,6 +117,12 @@ class AdapterOptions(_Strict):
         return value
 
     @model_validator(mode="after")
+    def _no_dropped_base(self) -> AdapterOptions:
+        if self.lora_dropout > 0 and self.base == "residual" and self.mode != "lora":
+            raise ValueError("lora_dropout with base 'residual' drops components of the base: use base 'intact'")
+        return self
+
+    @model_validator(mode="after")
     def _sigma_needs_damping(self) -> AdapterOptions:
         if self.balance == "sigma" and self.damp == 0:
             raise ValueError("balance 'sigma' divides by singular values: it needs damp > 0")
@@ -133,6 +151,12 @@ class TrainingOptions(BaseModel):
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; default: none")
     report_to: str = Field("none", description="none, tensorboard, wandb or mlflow")
     resume_from_checkpoint: bool = Field(True, description="continue an interrupted training of the same recipe")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        """YAML 1.1 reads 1e-8 as a string."""
+        return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class EvaluationTask(_Strict):
@@ -172,7 +196,9 @@ class ExportOptions(_Strict):
     """What leaves the run."""
 
     format: Literal["lora", "none"] = Field("lora", description="lora: plain LoRA on the original base")
-    tolerance: float = Field(1e-4, gt=0, description="largest relative logit difference after reload")
+    tolerance: float | None = Field(
+        None, gt=0, description="largest relative logit difference after reload; default 1e-4, 5e-2 for 16-bit bases"
+    )
 
 
 class Recipe(_Strict):
@@ -192,6 +218,8 @@ class Recipe(_Strict):
     def _has_its_data(self) -> Recipe:
         if self.adapter.mode == "kpm" and self.data.keep is None:
             raise ValueError("mode kpm collects its context from data.keep, which is not set")
+        if self.training.decay_to_init and self.adapter.mode == "lora":
+            raise ValueError("training.decay_to_init needs initial factors, which mode lora has not")
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
         return self
@@ -203,10 +231,10 @@ class Recipe(_Strict):
     def identity(self) -> dict[str, Any]:
         """What makes an output folder this run's; other settings may change and redo what depends on them."""
         return {
-            "model": self.model.model_name_or_path,
+            "model": Path(self.model.model_name_or_path).name,
             "mode": self.adapter.mode,
-            "learn": self.data.learn.dataset if self.data.learn else None,
-            "keep": self.data.keep.dataset if self.data.keep else None,
+            "learn": Path(self.data.learn.dataset).name if self.data.learn else None,
+            "keep": Path(self.data.keep.dataset).name if self.data.keep else None,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -266,15 +294,26 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
+def parse_adapter(settings: Mapping[str, Any]) -> AdapterOptions:
+    """Adapter options by name, as Python callers give them.
+
+    Raises:
+        RecipeError: with every problem found, and a suggestion for each unknown name.
+    """
+    try:
+        return AdapterOptions.model_validate(dict(settings))
+    except ValidationError as error:
+        problems = [_describe(dict(problem), ["adapter"]) for problem in error.errors()]
+        raise RecipeError("; ".join(problems), where="adapter options") from None
+
+
 def _apply_override(raw: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise RecipeError("an override is not of the form key=value", where="--set", got=repr(item))
     try:
-        value = yaml.safe_load(text)
-        if isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
-            value = float(value) if value.replace("e-", "").replace("e", "").replace(".", "").isdigit() else value
-    except (yaml.YAMLError, ValueError):
+        value = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
         value = text
     node = raw
     *parents, last = key.split(".")
@@ -288,8 +327,14 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
     node[last] = value
 
 
-def _describe(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _number(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return value
+    return float(value)
+
+
+def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
+    location = [*inside, *(str(part) for part in problem["loc"])]
     key = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggest(location[-1], _fields_at(location[:-1]))}"
@@ -325,4 +370,5 @@ def _unknown_training_keys(training: Mapping[str, Any]) -> list[str]:
     from trl import SFTConfig  # slow to import, so only where a key has to be looked up
 
     known = [*SFTConfig.__dataclass_fields__, *TrainingOptions.model_fields]
-    return [f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in known]
+    ours = [f"'training.{key}' is set by {_SET_BY[key]}" for key in extra if key in _SET_BY]
+    return ours + [f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in known]

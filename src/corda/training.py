@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -68,7 +67,7 @@ def train(
         DataError: no record has a response token.
     """
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     rows = [
         {
@@ -81,27 +80,17 @@ def train(
     if not rows:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
     resume = _checkpoint(folder, fingerprint) if options.resume_from_checkpoint else None
-    device = next(model.parameters()).device
-    passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
-    quiet = not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        seed=seed,
-        data_seed=seed,
-        use_cpu=device.type == "cpu",
-        bf16=_use_bf16(options, device),
-        max_length=None,
-        save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or 500,
-        disable_tqdm=quiet,
-        **passed,
-    )
+    arguments = trainer_arguments(options, folder, seed, next(model.parameters()).device)
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        for wrapper in ("forward", "_original_forward"):  # accelerate leaves its autocast on the model
+            vars(model).pop(wrapper, None)
     seconds = time.perf_counter() - start
     model.eval()
     logged: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -111,6 +100,34 @@ def train(
         tuple(float(e["learning_rate"]) for e in logged),
         seconds,
     )
+
+
+def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device: torch.device) -> Any:
+    """TRL's SFTConfig for the options.
+
+    Raises:
+        RecipeError: TRL refuses them.
+    """
+    from trl import SFTConfig
+
+    passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
+    try:
+        return SFTConfig(
+            output_dir=str(folder),
+            seed=seed,
+            data_seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=_use_bf16(options, device),
+            max_length=None,
+            save_strategy="steps" if options.save_steps else "no",
+            save_steps=options.save_steps or 500,
+            disable_tqdm=not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm,
+            **passed,
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            "the trainer refuses these options", where="training", got=str(error).splitlines()[0]
+        ) from None
 
 
 class DecayToInit(TrainerCallback):  # type: ignore[misc]
@@ -146,15 +163,20 @@ class DecayToInit(TrainerCallback):  # type: ignore[misc]
 def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:
     if options.bf16 is not None:
         return options.bf16
+    if (options.model_extra or {}).get("fp16"):
+        return False
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _checkpoint(folder: Path, fingerprint: str) -> str | None:
     """The last checkpoint of this very training; checkpoints of another one are removed."""
     owner = folder / "training.json"
-    known = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
+    known = artifact.read_json(owner) if owner.is_file() else None
     if folder.exists() and known != {"fingerprint": fingerprint}:
         shutil.rmtree(folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():  # written last: the saving was interrupted
+            shutil.rmtree(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     artifact.write_json(owner, {"fingerprint": fingerprint})
     last: str | None = get_last_checkpoint(str(folder))

@@ -54,11 +54,24 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     assert (tmp_path / "page.html").is_file()
 
 
+def without_chat_template(pico, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(pico, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["adapter.rnk=3"], "did you mean 'rank'"),
         (["adapter.rank=three"], "adapter.rank"),
+        (["training.max_length=9"], "set by data.max_length"),
+        (["training.lr_scheduler_type=cosin"], "the trainer refuses"),
+        (["adapter.lora_dropout=0.1", "adapter.base=residual"], "use base 'intact'"),
+        (["model.device=gpu"], "unknown device"),
+        (["data.template=chat", "model.model_name_or_path=plain"], "no chat template"),
         (["adapter.rank=30"], "larger than a layer allows"),
         (["adapter.target_modules=[nothing]"], "matches no layer"),
         (["data.keep=gone.jsonl"], "does not exist"),
@@ -70,11 +83,13 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     ],
 )
 def test_bad_input_is_one_paragraph_and_exit_code_2(
-    corda, raw_recipe, write_recipe, data, tmp_path, overrides, message
+    corda, raw_recipe, write_recipe, pico, data, tmp_path, overrides, message
 ):
     (data / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question"\n')
     (data / "empty.jsonl").write_text("")
     (data / "odd.jsonl").write_text('{"foo": 1}\n')
+    if "model.model_name_or_path=plain" in overrides:
+        overrides = [overrides[0], f"model.model_name_or_path={without_chat_template(pico, tmp_path)}"]
     path = write_recipe(raw_recipe)
     code, out, err = corda("run", path, *[part for o in overrides for part in ("--set", o)])
     assert code == 2
@@ -85,7 +100,35 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_nan_activations_and_a_failed_check_have_their_exit_codes(corda, raw_recipe, write_recipe, pico, tmp_path):
+def test_a_full_disk_and_a_corrupted_artifact(corda, raw_recipe, write_recipe, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    from corda import artifact
+
+    path = write_recipe(raw_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+        code, _, err = corda("run", path)
+    assert code == 2
+    assert "not enough disk space" in err
+    assert not (tmp_path / "run").exists()
+    assert corda("collect", path)[0] == 0
+    (tmp_path / "run" / "context" / "block-0000.safetensors").write_bytes(b"x")
+    code, _, err = corda("plan", path)
+    assert code == 2
+    assert "corrupted artifact" in err
+
+
+def test_a_failed_check_is_exit_code_1(corda, raw_recipe, write_recipe):
+    raw_recipe["export"] = {"tolerance": 1e-30}
+    raw_recipe["adapter"]["base"] = "residual"
+    code, _, err = corda("run", write_recipe(raw_recipe))
+    assert code == 1
+    assert "after reload" in err
+    assert "Traceback" not in err
+
+
+def test_nan_activations_name_the_layer_and_leave_nothing(corda, raw_recipe, write_recipe, pico, tmp_path):
     import shutil
 
     import torch
@@ -101,6 +144,7 @@ def test_nan_activations_and_a_failed_check_have_their_exit_codes(corda, raw_rec
     code, _, err = corda("run", write_recipe(raw_recipe))
     assert code == 2
     assert "model.layers.1.self_attn.q_proj" in err
+    assert not (tmp_path / "run" / "context").exists()
 
 
 def test_another_runs_folder(corda, raw_recipe, write_recipe, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from corda import artifact, journal, pipeline, training
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
+from corda.inputs import Inputs
 from corda.recipe import parse_recipe
 
 REQUIRED = {"schema", "recipe", "model", "plan", "step0", "train", "scores", "export", "timing", "memory", "provenance"}
@@ -132,6 +133,8 @@ def test_checkpoints_of_another_training_are_not_continued(tmp_path):
     folder = tmp_path / "checkpoints"
     assert training._checkpoint(folder, "one") is None
     (folder / "checkpoint-4").mkdir()
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-6").mkdir()  # cut off while it was saved
     assert training._checkpoint(folder, "one") == str(folder / "checkpoint-4")
     assert training._checkpoint(folder, "two") is None
     assert not (folder / "checkpoint-4").exists()
@@ -206,6 +209,36 @@ def test_bad_input_is_found_before_a_model_is_loaded(raw_recipe, tmp_path, monke
     with pytest.raises(error, match=message):
         pipeline.run(parse_recipe(raw_recipe))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_dropout_of_its_own(raw_recipe, tmp_path):
+    from conftest import byte_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=48, n_layer=2, n_head=4, n_positions=256, pad_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    raw_recipe["model"]["model_name_or_path"] = str(tmp_path / "gpt2")
+    results = pipeline.run(parse_recipe(raw_recipe))
+    assert results["step0"] == {"eval": 0.0, "train": 0.0, "max_relative_logit_difference": 0.0}
+
+
+def test_another_model_in_the_same_place_is_another_model(raw_recipe, pico, tmp_path):
+    import shutil
+
+    from conftest import llama
+
+    folder = tmp_path / "model"
+    shutil.copytree(pico, folder)
+    raw_recipe["model"]["model_name_or_path"] = str(folder)
+    keys = [Inputs(parse_recipe(raw_recipe)).fingerprints["context"]]
+    llama(seed=1).save_pretrained(folder)
+    keys.append(Inputs(parse_recipe(raw_recipe)).fingerprints["context"])
+    assert keys[0] != keys[1]
+    raw_recipe["model"]["model_name_or_path"] = str(shutil.copytree(folder, tmp_path / "moved" / "model"))
+    keys.append(Inputs(parse_recipe(raw_recipe)).fingerprints["context"])
+    assert keys[1] == keys[2]
 
 
 def test_a_start_that_changes_the_model_is_refused(raw_recipe, monkeypatch):

@@ -84,6 +84,15 @@ def test_no_response_token_is_an_error(adapted, tokenizer, data, tmp_path):
         run(adapted, tokenizer, [encode(r, tokenizer, max_length=5) for r in records], tmp_path)
 
 
+def test_no_autocast_is_left_on_the_model(adapted, tokenizer, rows, tmp_path):
+    run(adapted, tokenizer, rows, tmp_path, max_steps=1, bf16=True)
+    assert not {"forward", "_original_forward"} & set(vars(adapted))
+    ids = torch.tensor([rows[0].ids])
+    assert adapted(input_ids=ids).logits.dtype == torch.float32
+    twice = [adapted(input_ids=ids).logits for _ in range(2)]
+    assert torch.equal(*twice)
+
+
 def test_tensorboard_through_report_to(adapted, tokenizer, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     run(adapted, tokenizer, rows, tmp_path / "t", report_to="tensorboard")

@@ -25,6 +25,71 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=48, n_layer=2, n_head=4, n_positions=128, n_inner=80, pad_token_id=0)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_conv1d_is_transposed_right(tokenizer, texts, tmp_path, base):
+    gpt = gpt2().eval()
+    gpt.save_pretrained(tmp_path / "gpt2")
+    context = collect(gpt, tokenizer, texts)
+    assert {(s.kind, s.d_out, s.d_in) for s in context.layers} >= {("conv1d", 144, 48), ("conv1d", 48, 80)}
+    reference = logits(gpt)
+    wrapped = attach(gpt, make_plan(gpt, context, rank=4, mode="ipm"), base=base)
+    assert relative_difference(logits(wrapped), reference) < 1e-5
+    perturb(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    reloaded = PeftModel.from_pretrained(fresh, str(tmp_path / "a")).eval()
+    assert relative_difference(logits(reloaded), logits(wrapped.eval())) < 1e-5
+
+
+def test_settings_by_name_are_checked(model, context):
+    from corda.errors import RecipeError
+    from corda.recipe import AdapterOptions
+
+    with pytest.raises(RecipeError, match="did you mean 'rank'"):
+        make_plan(model, context, rnk=4)
+    with pytest.raises(PlanError, match="not both"):
+        make_plan(model, context, AdapterOptions(), rank=4)
+
+
+def test_a_bf16_base_exports_within_roundings(pico, context, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.bfloat16).eval()
+    wrapped = attach(half, make_plan(pristine(pico), context, rank=4))
+    perturb(wrapped)
+    done = export(wrapped, tmp_path / "out")
+    assert done.max_relative_logit_difference < 5e-2
+
+
+def test_export_needs_a_way_to_load_the_base_again(context, tmp_path):
+    from conftest import llama
+
+    from corda.errors import ModelError
+
+    wrapped = attach(llama(), make_plan(llama(), context, rank=4))
+    with pytest.raises(ModelError, match="fresh_base"):
+        export(wrapped, tmp_path / "out")
+
+
+def test_export_never_removes_other_files(model, context, tmp_path):
+    from corda.errors import ArtifactError
+
+    wrapped = attach(model, make_plan(model, context, rank=4))
+    folder = tmp_path / "out"
+    export(wrapped, folder)
+    export(wrapped, folder)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="something else"):
+        export(wrapped, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
 @pytest.fixture
 def context(model, tokenizer, texts):
     return collect(model, tokenizer, texts)

@@ -74,7 +74,17 @@ def test_mathematics_imports_torch_alone():
             for node in ast.walk(tree)
             if isinstance(node, ast.Import | ast.ImportFrom)
         }
-        assert roots <= {"__future__", "math", "dataclasses", "typing", "collections", "functools", "torch", "corda"}
+        assert roots <= {
+            "__future__",
+            "math",
+            "dataclasses",
+            "typing",
+            "collections",
+            "functools",
+            "contextlib",
+            "torch",
+            "corda",
+        }
 
 
 def test_no_drawers_for_leftovers():

@@ -75,9 +75,10 @@ def test_foreign_artifacts_are_refused(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(ArtifactError, match="there is no plan here"):
         artifact.read(tmp_path / "x", "plan")
-    (tmp_path / "x" / artifact.MANIFEST).write_text("[]")
-    with pytest.raises(ArtifactError, match="foreign"):
-        artifact.read(tmp_path / "x", "plan")
+    for content, message in (("[]", "not a JSON object"), ('{"kind": "plan", "schema": 1}', "foreign")):
+        (tmp_path / "x" / artifact.MANIFEST).write_text(content)
+        with pytest.raises(ArtifactError, match=message):
+            artifact.read(tmp_path / "x", "plan")
 
 
 def test_not_enough_disk_is_said_before_writing(tmp_path, monkeypatch):
@@ -89,6 +90,11 @@ def test_not_enough_disk_is_said_before_writing(tmp_path, monkeypatch):
     ):
         raise AssertionError("not reached")
     assert not any(tmp_path.iterdir())
+
+
+def claim(folder, identity):
+    with artifact.claimed(folder, identity):
+        raise AssertionError("not reached")
 
 
 def test_a_run_folder_is_claimed_once(tmp_path):
@@ -104,6 +110,14 @@ def test_a_run_folder_is_claimed_once(tmp_path):
         artifact.claimed(folder, {"mode": "ipm"}),
     ):
         raise AssertionError("not reached")
+    (folder / ".git").mkdir()
+    (folder / ".corda.context.abc").mkdir()
+    with artifact.claimed(folder, {"mode": "kpm"}):
+        assert (folder / ".git").exists()
+        assert not (folder / ".corda.context.abc").exists()
+    (folder / "run.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"run\.json is not JSON"):
+        claim(folder, {"mode": "kpm"})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(ArtifactError, match="not a run's"), artifact.claimed(tmp_path / "other", {}):

@@ -11,7 +11,7 @@ from corda.context.accumulator import Accumulator, pack_upper, unpack_upper
 from corda.context.collect import collect, collect_encoded, model_inputs
 from corda.data.batches import Encoded, batches, encode, pack
 from corda.data.formats import to_records
-from corda.errors import CalibrationError, TargetError
+from corda.errors import CalibrationError, DataError, TargetError
 from corda.targets import find_targets
 
 
@@ -192,6 +192,11 @@ def test_target_forms(model):
 def test_model_inputs_of_an_unpacked_batch_have_a_plain_mask():
     batch = next(iter(batches([Encoded((5, 6, 7), (True,) * 3), Encoded((8,), (True,))], 0, 2)))
     assert model_inputs(batch)["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_no_records_is_an_error(model, tokenizer):
+    with pytest.raises(DataError, match="no records"):
+        collect(model, tokenizer, [])
 
 
 def test_tf32_is_off_inside_and_back_after(model, tokenizer, texts):

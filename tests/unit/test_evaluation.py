@@ -10,6 +10,7 @@ import torch
 from corda.data.batches import encode, load_records
 from corda.data.formats import to_records
 from corda.errors import DataError
+from corda.evaluation import generation
 from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap
 from corda.evaluation.generation import exact_match, generate, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
@@ -51,7 +52,9 @@ def test_standard_errors():
     assert mean([1.0, 2.0, 3.0, 4.0]).stderr == pytest.approx(math.sqrt(5 / 3) / 2)
     weighted = ratio([2.0, 9.0], [1.0, 3.0])
     assert weighted.value == 11 / 4
-    assert ratio([5.0], [2.0]).n == 1
+    assert ratio([5.0], [2.0]).stderr == 2.5  # one record tells nothing of the spread
+    with pytest.raises(DataError, match="nothing to measure"):
+        mean([])
 
 
 def test_perplexity_of_a_uniform_model(model, tokenizer):
@@ -63,7 +66,40 @@ def test_perplexity_of_a_uniform_model(model, tokenizer):
     assert score.n == math.ceil((8 * 40 + 4) / 50)
 
 
-def test_choices_are_scored_per_byte_and_into_gaps(model, tokenizer):
+class Rigged(torch.nn.Module):
+    """Gives each byte a fixed logit, whatever came before."""
+
+    def __init__(self, preferred: dict[int, float]):
+        super().__init__()
+        self.row = torch.nn.Parameter(torch.zeros(259))
+        with torch.no_grad():
+            for token, value in preferred.items():
+                self.row[token] = value
+
+    def forward(self, input_ids, logits_to_keep, **_):
+        class Out:
+            logits = self.row.expand(input_ids.shape[0], len(logits_to_keep), -1)
+
+        return Out
+
+
+def test_the_longer_choice_wins_per_byte_though_its_sum_is_worse(tokenizer):
+    a, b, space = (tokenizer(c, add_special_tokens=False)["input_ids"][0] for c in ("a", "b", " "))
+    model = Rigged({a: 4.0, space: 4.0, b: 3.5})
+    record = {"context": "x", "choices": ["aaaaaaaaaaaa", "b"], "label": 0}
+    assert choice_accuracy(model, tokenizer, to_records([record]), 0, 2).value == 1.0
+    assert choice_accuracy(model, tokenizer, to_records([record | {"label": 1}]), 0, 2).value == 0.0
+
+
+def test_a_gap_is_filled_and_what_follows_is_scored(tokenizer):
+    """The continuation is the same for both choices, so only its own likelihood can decide: a tie goes to the first."""
+    a = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    record = {"context": "z _ aa", "choices": ["a", "bbbb"], "label": 0}
+    assert choice_accuracy(Rigged({a: 5.0}), tokenizer, to_records([record]), 0, 2).value == 1.0
+    assert choice_accuracy(Rigged({a: -5.0}), tokenizer, to_records([record]), 0, 2).value == 1.0
+
+
+def test_every_label_has_one_winner(model, tokenizer):
     raw = [
         {"context": "Snow is", "choices": ["white as milk", "red"], "label": 0},
         {"context": "Ann saw Bo because _ looked.", "choices": ["Ann", "Bo"], "label": 1},
@@ -98,10 +134,61 @@ def test_exact_match_normalises(model, tokenizer, records):
 
 def test_answer_after_compares_the_tail_only(model, tokenizer):
     record = to_records([{"question": "q", "answer": "1 + 1 = 2\n#### 2"}])[0]
-    _, answers = exact_match(
-        model, tokenizer, [record], template="plain", answer_after="####", max_new_tokens=2, stop=[]
-    )
-    assert answers[0].expected == ("1 + 1 = 2\n#### 2",)
+    said = "2 is wrong here\n#### 2"
+    for text, right in ((said, True), ("#### 3", False), ("1 + 1 = 2", False), ("#### 3 #### 2", True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "generate", lambda *_, text=text, **__: [text])
+            _, answers = exact_match(model, tokenizer, [record], template="plain", answer_after="####")
+        assert answers[0].right is right, text
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [("2,125", "2125", True), ("-5", "5", False), ("-5", "−5", True), ("a (5)", "5", True), ("3-4", "3 4", True)],
+)
+def test_numbers_are_compared_as_numbers(one, two, same):
+    assert (normalise(one) == normalise(two)) is same
+
+
+def test_metrics_have_to_fit_the_data(raw_recipe):
+    for metric in ("perplexity", "accuracy"):
+        raw_recipe["evaluation"]["tasks"]["things"]["metrics"] = [metric]
+        with pytest.raises(DataError, match=rf"metric {metric} does not fit.*tasks\.things"):
+            load_tasks(parse_recipe(raw_recipe))
+
+
+def test_shots_may_not_be_among_the_questions(raw_recipe):
+    task = raw_recipe["evaluation"]["tasks"]["things"]
+    task["shots_from"] = "keep_test.jsonl"
+    recipe = parse_recipe(raw_recipe)
+    with pytest.raises(DataError, match="also in its own shots"):
+        refuse_overlap(load_tasks(recipe), {})
+
+
+def test_long_records_are_scored_whole(raw_recipe, model, tokenizer):
+    raw_recipe["data"]["max_length"] = 8
+    recipe = parse_recipe(raw_recipe)
+    scores = evaluate(model, tokenizer, load_tasks(recipe), recipe)
+    assert scores.values["things/answer_loss"].n == 10
+
+
+def test_a_prompt_starts_as_in_training(model, tokenizer):
+    """A tokenizer that adds a first token adds it to prompts for generation too."""
+    seen = []
+
+    def spy(**kwargs):
+        seen.append(kwargs["input_ids"])
+        return kwargs["input_ids"]
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", spy)
+        generate(model, tokenizer, ["abc"], [], 2, 1)
+    record = to_records([{"prompt": "abc", "completion": "d"}])[0]
+    assert seen[0][0].tolist() == list(encode(record, tokenizer).ids[:4])
+    assert seen[0][0][0] == tokenizer.bos_token_id
 
 
 def test_overlap_is_refused(raw_recipe, data):

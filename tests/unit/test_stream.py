@@ -63,6 +63,33 @@ def test_streamed_is_whole(family, packed, encoded):
     assert streamed.tokens == whole.tokens
     for layer in layers:
         assert torch.equal(streamed.covariance(layer.name), whole.covariance(layer.name)), layer.name
+    if packed:
+        alone = collect_encoded(model, encoded, layers, pad_token_id=0, batch_size=1, stream=False)
+        for layer in layers:
+            a, b = streamed.covariance(layer.name), alone.covariance(layer.name)
+            assert float((a - b).norm() / b.norm()) < 1e-5, layer.name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_packing_with_eager_attention(family, encoded):
+    model = build(family)
+    model.set_attn_implementation("eager")
+    layers = find_targets(model)
+    packed, alone = (
+        collect_encoded(model, rows, layers, pad_token_id=0, batch_size=size)
+        for rows, size in ((pack(encoded, 100), 3), (encoded, 1))
+    )
+    for layer in layers:
+        a, b = packed.covariance(layer.name), alone.covariance(layer.name)
+        assert float((a - b).norm() / b.norm()) < 1e-5, layer.name
+
+
+def test_a_forward_that_others_put_on_a_block_is_put_back(model, encoded):
+    block = model.model.layers[0]
+    mine = type(block).forward.__get__(block)
+    vars(block)["forward"] = mine
+    collect_encoded(model, encoded[:3], find_targets(model), pad_token_id=0)
+    assert vars(block)["forward"] is mine
 
 
 def test_the_model_is_left_as_it_was(model, encoded):

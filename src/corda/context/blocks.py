@@ -85,8 +85,11 @@ def _skipped(block: nn.Module, wrap: Callable[[Tensor], Any]) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return wrap(args[0] if args else kwargs["hidden_states"])
 
+    own = vars(block).get("forward")  # accelerate's hooks put one there
     vars(block)["forward"] = forward
     try:
         yield
     finally:
         del vars(block)["forward"]
+        if own is not None:
+            vars(block)["forward"] = own

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, hooked
 from corda.context.store import Context
 from corda.context.stream import streamed
-from corda.data.batches import Batch, Encoded, batches, calibration_set
+from corda.data.batches import Batch, Encoded, batches, calibration_set, pad_id
 from corda.data.formats import Template, to_records
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
@@ -33,7 +33,9 @@ def collect(
     pack_to: int | None = None,
     max_length: int = 1024,
     template: Template = "plain",
+    positions: Literal["all", "response"] = "all",
     batch_size: int = 8,
+    skip_unseen: bool = False,
     seed: int = 0,
 ) -> Context:
     """Collect C = X Xᵀ / T for every target layer (CorDA, section 3.1), X being its inputs over T real tokens.
@@ -41,14 +43,16 @@ def collect(
     Args:
         model: Any transformers model; left as it was, whatever happens.
         tokenizer: Its tokenizer.
-        records: Texts, or dicts of any format in docs/data.md.
+        records: Texts, or dicts of any format in `data.formats`.
         target_modules: As in `find_targets`.
         samples: Records drawn (windows with pack_to).
         tokens: Limit in tokens.
         pack_to: Window length in tokens; attention does not cross records.
         max_length: Longest record in tokens.
         template: "plain" or "chat".
+        positions: Count all tokens, or those of responses only.
         batch_size: Rows per forward pass; does not change the result.
+        skip_unseen: Leave out layers that saw no token instead of failing.
         seed: Of the order drawn.
 
     Raises:
@@ -68,7 +72,13 @@ def collect(
         seed=seed,
     )
     return collect_encoded(
-        model, chosen, find_targets(model, target_modules), pad_token_id=pad_id(tokenizer), batch_size=batch_size
+        model,
+        chosen,
+        find_targets(model, target_modules),
+        pad_token_id=pad_id(tokenizer),
+        batch_size=batch_size,
+        response_only=positions == "response",
+        skip_unseen=skip_unseen,
     )
 
 
@@ -158,32 +168,17 @@ def _whole(model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], laye
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of a decoder body for a batch; packed rows get a mask that keeps their records apart."""
-    mask = block_mask(batch) if batch.packed else batch.attention_mask
+    """Keyword arguments of a decoder body for a batch.
+
+    Packed rows go without a mask: from positions that start again, transformers makes one that keeps records (and the
+    pads behind them) apart, in the form that each layer's attention wants, windows included.
+    """
     return {
         "input_ids": batch.input_ids,
-        "attention_mask": mask,
+        "attention_mask": None if batch.packed else batch.attention_mask,
         "position_ids": batch.position_ids,
         "use_cache": False,
     }
-
-
-def block_mask(batch: Batch) -> Tensor:
-    """(B, 1, L, L) bool: causal, within one record, pads apart from everything."""
-    starts = (batch.position_ids == 0).long().cumsum(dim=1)
-    record = torch.where(batch.attention_mask.bool(), starts, torch.zeros_like(starts))
-    same = record[:, :, None] == record[:, None, :]
-    length = record.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=record.device).tril()
-    return (same & causal)[:, None]
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token, or any token where there is none: pads are masked out."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
 
 
 def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:

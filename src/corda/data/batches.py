@@ -41,7 +41,7 @@ class Batch:
     Attributes:
         input_ids: (B, L) int64.
         attention_mask: (B, L) int64, 1 on real tokens.
-        position_ids: (B, L) int64, counted from 0 in each record; pads have 0.
+        position_ids: (B, L) int64, counted from 0 in each record and again in the pads behind.
         counts: (B, L) bool, the tokens whose activations count.
         packed: Some row holds several records.
     """
@@ -183,6 +183,14 @@ def batches(
         yield _batch([encoded[i] for i in order[start : start + batch_size]], pad_token_id, response_only, padding_side)
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token, or any token where there is none: pads are masked out."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
 def _batch(rows: Sequence[Encoded], pad: int, response_only: bool, side: str) -> Batch:
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -194,6 +202,8 @@ def _batch(rows: Sequence[Encoded], pad: int, response_only: bool, side: str) ->
         ids[r, place] = torch.tensor(row.ids)
         mask[r, place] = 1
         ends = (*row.starts[1:], len(row))
+        if side == "right":
+            positions[r, len(row) :] = torch.arange(width - len(row))
         positions[r, place] = torch.cat([torch.arange(b - a) for a, b in zip(row.starts, ends, strict=True)])
         counts[r, place] = torch.tensor(row.response) if response_only else True
     return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows))

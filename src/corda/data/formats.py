@@ -81,6 +81,8 @@ def to_records(
     """
     columns = dict(columns or {})
     mapped = [_renamed(record, columns, where, number) for number, record in enumerate(raw, start=1)]
+    if not mapped:
+        raise DataError("there are no records", where=where, expected="at least one")
     if format == "auto":
         format = _detect(mapped[0], columns, where)
     records = []
@@ -146,7 +148,7 @@ def render(
             raise DataError(
                 "the chat template changes earlier turns when a later one is added",
                 where="tokenizer.chat_template",
-                fix="use template: plain, or single-turn records",
+                fix="keep one answer per conversation, or use a template that only appends",
             )
         said = after[len(before) :]
         if not end and message["content"] in said:

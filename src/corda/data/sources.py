@@ -52,8 +52,11 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
 def identity(source: DataSource, data_dir: Path | None, seed: int) -> dict[str, Any]:
     """What a source's records depend on: its settings and, for a local file, the file's bytes."""
     path = local_file(source, data_dir)
-    settings = source.model_dump(mode="json")
-    return settings | {"seed": seed, "sha256": artifact.file_hash(path) if path else None}
+    if path is None:
+        return source.model_dump(mode="json") | {"seed": seed}
+    # The content counts, not where it lies.
+    settings = source.model_dump(mode="json", include={"format", "columns", "max_records"})
+    return settings | {"seed": seed, "sha256": artifact.file_hash(path)}
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:

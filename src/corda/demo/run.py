@@ -38,8 +38,9 @@ def demonstrate(
         raw = yaml.safe_load(files("corda.demo").joinpath(f"{method}.yaml").read_text(encoding="utf-8"))
         raw |= {"output_dir": str(folder / method), "seed": seed}
         raw["data"]["data_dir"] = str(folder / "data")
-        own = [item.partition(":") for item in overrides]
-        apply_overrides(raw, [rest or name for name, _, rest in own if not rest or name == method])
+        prefixes = tuple(f"{other}:" for other in METHODS)
+        own = [item.removeprefix(f"{method}:") for item in overrides]
+        apply_overrides(raw, [item for item in own if not item.startswith(prefixes)])
         others = [folder / other for other in METHODS if other != method]
         results.append(pipeline.run(parse_recipe(raw, f"demo {method}"), progress=progress, reuse_from=others))
     page = folder / "report.html"

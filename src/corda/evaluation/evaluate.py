@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from corda.context.collect import pad_id
-from corda.data.batches import encode, load_records
+from corda.data.batches import encode, load_records, pad_id
 from corda.data.formats import Record
 from corda.errors import DataError
 from corda.evaluation.generation import exact_match
@@ -71,6 +70,7 @@ def load_tasks(recipe: Recipe) -> list[Task]:
     tasks = []
     for name, options in recipe.evaluation.tasks.items():
         records = load_records(options.dataset, recipe.data.data_dir, recipe.seed)
+        _check_metrics(name, options, records)
         shots: list[Record] = []
         if options.shots:
             origin = options.shots_from or (recipe.data.keep if options.measures == "keep" else recipe.data.learn)
@@ -79,6 +79,24 @@ def load_tasks(recipe: Recipe) -> list[Task]:
             shots = load_records(origin, recipe.data.data_dir, recipe.seed)[: options.shots]
         tasks.append(Task(name, options, tuple(records), tuple(shots)))
     return tasks
+
+
+def _check_metrics(name: str, options: EvaluationTask, records: Sequence[Record]) -> None:
+    wanted = {
+        "perplexity": ("running text", all(r.is_text for r in records)),
+        "accuracy": ("choices and a label", all(r.choices for r in records)),
+        "exact_match": ("a question with an answer", all(r.answers and not r.choices for r in records)),
+        "answer_loss": ("a prompt with an answer", not any(r.is_text or r.choices for r in records)),
+    }
+    for metric in options.metrics:
+        needs, fits = wanted[metric]
+        if not fits:
+            raise DataError(
+                f"the metric {metric} does not fit the data",
+                where=f"evaluation.tasks.{name}",
+                expected=f"records with {needs}",
+                fix="choose another metric or data set",
+            )
 
 
 def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) -> None:
@@ -91,9 +109,9 @@ def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) 
     Raises:
         DataError: names the task, the data set and an example.
     """
-    for origin, records in used.items():
-        keys = {record.key for record in records}
-        for task in tasks:
+    for task in tasks:
+        for origin, records in {**used, "its own shots": task.shots}.items():
+            keys = {record.key for record in records}
             shared = [record for record in task.records if record.key in keys]
             if shared:
                 raise DataError(
@@ -122,12 +140,9 @@ def evaluate(
             key = f"{task.name}/{metric}"
             if metric == "answer_loss":
                 encoded = [
-                    encode(
-                        r, tokenizer, template=template, max_length=recipe.data.max_length, shots=task.shots, end=False
-                    )
-                    for r in task.records
+                    encode(record, tokenizer, template=template, shots=task.shots, end=False) for record in task.records
                 ]
-                values[key] = answer_loss(model, [e for e in encoded if any(e.response)], pad, size, progress)
+                values[key] = answer_loss(model, encoded, pad, size, progress)
             elif metric == "perplexity":
                 values[key] = perplexity(model, tokenizer, task.records, pad, size, options.window, progress)
             elif metric == "accuracy":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from corda.data.batches import encode_segments
+from corda.data.batches import encode_segments, pad_id
 from corda.data.formats import Record, Segment, Template, render
 from corda.evaluation.scores import Score, mean
 from corda.progress import Progress, silent
@@ -104,10 +104,13 @@ def generate(
     device = next(model.parameters()).device
     ids = [encode_segments([Segment(prompt, False)], tokenizer).ids for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         pad_token_id=pad,
         eos_token_id=_ends(model, tokenizer),
         stop_strings=[s for s in stop if s.strip()] or None,
@@ -131,7 +134,9 @@ def generate(
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """Lower case, no punctuation, no articles, single spaces; a number keeps its sign and loses its separators."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    text = re.sub(r"(?<![\w)])[-−](?=\d)", " minus ", text)
     text = "".join(" " if c in string.punctuation else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from corda.errors import DataError
+
 
 @dataclass(frozen=True)
 class Score:
@@ -14,7 +16,7 @@ class Score:
 
     Attributes:
         value: The mean.
-        stderr: Its standard error over records.
+        stderr: Its standard error over records; as large as the value itself where one record tells nothing of it.
         n: Records.
     """
 
@@ -35,8 +37,10 @@ def mean(values: Sequence[float]) -> Score:
 def ratio(sums: Sequence[float], weights: Sequence[float]) -> Score:
     """Σ sums / Σ weights, with the standard error of that ratio over records (linearised)."""
     n, total = len(sums), sum(weights)
+    if n == 0 or total == 0:
+        raise DataError("nothing to measure", got=f"{n} records", expected="at least one with an answer")
     value = sum(sums) / total
-    if n < 2:
-        return Score(value, math.inf if n == 0 else 0.0, n)
+    if n == 1:
+        return Score(value, abs(value), n)
     residual = sum((s - value * w) ** 2 for s, w in zip(sums, weights, strict=True))
     return Score(value, math.sqrt(residual * n / (n - 1)) / total, n)

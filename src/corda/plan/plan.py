@@ -19,7 +19,7 @@ from corda.errors import PlanError
 from corda.journal import Journal
 from corda.metric import Metric, damping, full_precision
 from corda.progress import Progress, silent
-from corda.recipe import AdapterOptions, Mode
+from corda.recipe import AdapterOptions, Mode, parse_adapter
 from corda.targets import LayerSpec, weight_of
 
 _END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
@@ -140,7 +140,9 @@ def make_plan(
     Raises:
         PlanError: a rank that a layer does not allow, or a mode that needs a context and has none.
     """
-    options = options or AdapterOptions(**settings)
+    if options is not None and settings:
+        raise PlanError("give adapter options or settings by name, not both", got=", ".join(settings))
+    options = options or parse_adapter(settings)
     specs = context.layers if isinstance(context, Context) else tuple(context)
     check_ranks(specs, options.rank)
     if options.mode == "lora":

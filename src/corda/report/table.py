@@ -40,7 +40,7 @@ def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
         table.add_column(short_name(results), justify="right")
     first = runs[0]
     for key, score in first["scores"]["before"].items():
-        task, _, metric = key.partition("/")
+        task, _, metric = key.rpartition("/")
         side = "to learn" if first["recipe"]["evaluation"]["tasks"][task]["measures"] == "learn" else "to keep"
         cells = [format_score(metric, run["scores"]["after"][key]) for run in runs]
         table.add_row(task, side, _LABELS[metric], str(score["n"]), format_score(metric, score), *cells)
