@@ -141,7 +141,8 @@ def train(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -
 def evaluate(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
     """Measure the base and the trained model."""
     with _opened(recipe, set_) as stages:
-        scores = {"before": stages.before().as_json()["values"], "after": stages.after().as_json()["values"]}
+        before, after = stages.before(), stages.after()
+        scores = {k: {n: v.as_json() for n, v in s.values.items()} for k, s in (("before", before), ("after", after))}
         _print(scores, as_json)
 
 

@@ -27,6 +27,7 @@ from corda.context.store import Context
 from corda.data.batches import calibration_set, encode, pad_id
 from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
+from corda.evaluation.scores import change
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
@@ -247,7 +248,7 @@ class Stages:
             "plan": plan.as_json(),
             "step0": trained.manifest["step0"],
             "train": curve | {"steps": curve["step"][-1] if curve["step"] else 0},
-            "scores": {"before": _flat(before), "after": _flat(after)},
+            "scores": {"before": _flat(before), "after": _flat(after), "change": _changes(before, after)},
             "answers": {"before": dict(before.answers), "after": dict(after.answers)},
             "export": {k: v for k, v in exported.items() if k not in {"costs", "sha256", "fingerprint"}},
             "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
@@ -346,6 +347,10 @@ class Stages:
 
     def _adapter_hash(self) -> str:
         return artifact.file_hash(self.folder / "adapter" / "adapter_model.safetensors")
+
+
+def _changes(before: Scores, after: Scores) -> dict[str, Any]:
+    return {name: change(score, after.values[name]).as_json() for name, score in before.values.items()}
 
 
 def _flat(scores: Scores) -> dict[str, Any]:

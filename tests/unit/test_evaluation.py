@@ -14,7 +14,7 @@ from corda.evaluation import generation
 from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap
 from corda.evaluation.generation import exact_match, generate, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
-from corda.evaluation.scores import mean, ratio
+from corda.evaluation.scores import change, mean, ratio
 from corda.recipe import DataSource, parse_recipe
 
 
@@ -205,3 +205,15 @@ def test_all_tasks_of_a_recipe(raw_recipe, model, tokenizer):
     scores = evaluate(model, tokenizer, load_tasks(recipe), recipe)
     assert set(scores.values) == {"sums/answer_loss", "sums/exact_match", "things/answer_loss"}
     assert len(scores.answers["sums"]) == 4
+
+
+def test_the_error_of_a_change_is_that_of_paired_differences():
+    before = mean([1.0, 5.0, 9.0, 2.0])
+    after = mean([2.0, 6.1, 10.0, 2.9])
+    difference = change(before, after)
+    pairs = [1.0, 1.1, 1.0, 0.9]
+    assert difference.value == pytest.approx(1.0)
+    assert difference.stderr == pytest.approx(mean(pairs).stderr)
+    assert difference.stderr < 0.1 * math.hypot(before.stderr, after.stderr)
+    weighted = [ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]), ratio([3.0, 12.0, 6.0], [1.0, 3.0, 2.0])]
+    assert change(*weighted).stderr == pytest.approx(0.0, abs=1e-12)  # one more per token, in every record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -105,7 +106,18 @@ def make_run(folder: Path, mode: str, *, blocks: int = 3, size: int = 48, rank: 
         },
         "step0": {"max_relative_logit_difference": 2.4e-7, "eval": 2.4e-7, "train": 1.9e-7},
         "train": {"loss": loss, "step": step, "learning_rate": [1e-4] * 60, "seconds": 81.5, "steps": 60},
-        "scores": {"before": scores(1.9, 0.03, 2.05), "after": scores(*after)},
+        "scores": {
+            "before": (before := scores(1.9, 0.03, 2.05)),
+            "after": (then := scores(*after)),
+            "change": {
+                key: {
+                    "value": then[key]["value"] - score["value"],
+                    "stderr": math.hypot(score["stderr"], then[key]["stderr"]),
+                    "n": score["n"],
+                }
+                for key, score in before.items()
+            },
+        },
         "answers": {"before": answers(False), "after": answers(True)},
         "export": {"format": "lora", "path": "adapter", "rank": rank, "max_relative_logit_difference": 3e-7},
         "timing": {stage: STAGES[stage] for stage in stages},

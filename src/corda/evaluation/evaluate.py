@@ -51,14 +51,15 @@ class Scores:
     def as_json(self) -> dict[str, Any]:
         """Plain dict."""
         return {
-            "values": {name: score.as_json() for name, score in self.values.items()},
+            "values": {name: score.as_json() | {"influence": score.influence} for name, score in self.values.items()},
             "answers": dict(self.answers),
         }
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Scores:
         """Inverse of as_json."""
-        return cls({name: Score(**score) for name, score in raw["values"].items()}, raw["answers"])
+        values = {n: Score(s["value"], s["stderr"], s["n"], tuple(s["influence"])) for n, s in raw["values"].items()}
+        return cls(values, raw["answers"])
 
 
 def load_tasks(recipe: Recipe) -> list[Task]:

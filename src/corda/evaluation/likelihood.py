@@ -73,7 +73,7 @@ def perplexity(
     encoded = [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows if len(w) > 1]
     loss = answer_loss(model, encoded, pad_token_id, batch_size, progress)
     value = math.exp(loss.value)
-    return Score(value, value * loss.stderr, loss.n)
+    return loss.scaled(value, value)
 
 
 def choice_accuracy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from corda.errors import DataError
@@ -18,15 +18,31 @@ class Score:
         value: The mean.
         stderr: Its standard error over records; as large as the value itself where one record tells nothing of it.
         n: Records.
+        influence: How much each record pulls the value from what it is; stderr² = n / (n - 1) Σ influence².
     """
 
     value: float
     stderr: float
     n: int
+    influence: tuple[float, ...] = field(default=(), repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain dict."""
-        return asdict(self)
+        """Value, stderr and n."""
+        return {"value": self.value, "stderr": self.stderr, "n": self.n}
+
+    def scaled(self, value: float, slope: float) -> Score:
+        """The score of a function of this one, `value` with derivative `slope` (delta method)."""
+        pulls = tuple(slope * pull for pull in self.influence)
+        return Score(value, abs(slope) * self.stderr, self.n, pulls)
+
+
+def change(before: Score, after: Score) -> Score:
+    """after - before on the same records: the error is that of paired differences."""
+    value, n = after.value - before.value, after.n
+    if n < 2 or len(before.influence) != n or len(after.influence) != n:
+        return Score(value, math.hypot(before.stderr, after.stderr), n)
+    pulls = tuple(a - b for a, b in zip(after.influence, before.influence, strict=True))
+    return Score(value, math.sqrt(sum(p * p for p in pulls) * n / (n - 1)), n, pulls)
 
 
 def mean(values: Sequence[float]) -> Score:
@@ -42,5 +58,5 @@ def ratio(sums: Sequence[float], weights: Sequence[float]) -> Score:
     value = sum(sums) / total
     if n == 1:
         return Score(value, abs(value), n)
-    residual = sum((s - value * w) ** 2 for s, w in zip(sums, weights, strict=True))
-    return Score(value, math.sqrt(residual * n / (n - 1)) / total, n)
+    pulls = tuple((s - value * w) / total for s, w in zip(sums, weights, strict=True))
+    return Score(value, math.sqrt(sum(p * p for p in pulls) * n / (n - 1)), n, pulls)

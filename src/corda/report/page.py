@@ -146,10 +146,11 @@ def _statement(run: Run) -> str:
             continue
         seen.add(task)
         m, side = _metric(metric), tasks[task]["measures"]
+        change = run.results["scores"]["change"][key]
         values = f"{_number(before['value'], m)} → {_number(after['value'], m)}"
         clauses.append(
-            f"{_VERBS[side][_verdict(before, after, m)].format(escape(task))}"
-            f" ({escape(m.short)} {values}, {_difference(before, after, m)})"
+            f"{_VERBS[side][_verdict(change, m)].format(escape(task))}"
+            f" ({escape(m.short)} {values}, {_difference(change, m)})"
         )
     return f"<strong>{escape(run.label)}</strong> {_join(clauses)}." if clauses else f"{escape(run.label)}: no scores."
 
@@ -173,17 +174,17 @@ def _scores(runs: Sequence[Run]) -> str:
             if own is None or after is None:
                 cells.append(_cell("not measured"))
                 continue
-            verdict = _verdict(own, after, m)
-            arrow = {1: "↑", 0: "=", -1: "↓"}[_sign(after["value"] - own["value"])]
-            kind = {1: "better", 0: "", -1: "worse"}[verdict]
-            change = f"{arrow} {_difference(own, after, m)} {kind or 'unclear'}"
+            difference = run.results["scores"]["change"][key]
+            arrow = {1: "↑", 0: "=", -1: "↓"}[_sign(difference["value"])]
+            kind = {1: "better", 0: "", -1: "worse"}[_verdict(difference, m)]
+            change = f"{arrow} {_difference(difference, m)} {kind or 'unclear'}"
             from_own = f"<small>from {_value(own, m)}</small>" if own["value"] != base["value"] else ""
             cells.append(_cell(f'{_value(after, m)}<small class="{kind}">{change}</small>{from_own}'))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = ["held-out task", "base", *[run.label for run in runs]]
     note = (
-        "Mean ± standard error. Below it the change from the base; its error treats both as independent, although they "
-        "share their records, so it is usually too large. A change within two of its errors is called unclear."
+        "Mean ± standard error over records. Below it the change from the base, its error that of paired differences "
+        "on the same records. A change within two of its errors is called unclear."
     )
     return _section("Scores", _table(head, rows), f'<p class="quiet">{note}</p>')
 
@@ -361,16 +362,14 @@ def _value(score: Mapping[str, Any], m: _Metric) -> str:
     return f"{_number(score['value'], m)} ± {_number(score['stderr'], m)}"
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any], m: _Metric) -> str:
-    change, error = after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
-    sign = "−" if change < 0 else "+"
-    return f"{sign}{_number(abs(change), m)} ± {_number(error, m)}"
+def _difference(change: Mapping[str, Any], m: _Metric) -> str:
+    sign = "−" if change["value"] < 0 else "+"
+    return f"{sign}{_number(abs(change['value']), m)} ± {_number(change['stderr'], m)}"
 
 
-def _verdict(before: Mapping[str, Any], after: Mapping[str, Any], m: _Metric) -> int:
-    """1 better, -1 worse, 0 within two standard errors of the difference."""
-    change, error = after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
-    return 0 if not abs(change) > 2 * error else m.better * _sign(change)
+def _verdict(change: Mapping[str, Any], m: _Metric) -> int:
+    """1 better, -1 worse, 0 within two standard errors."""
+    return 0 if not abs(change["value"]) > 2 * change["stderr"] else m.better * _sign(change["value"])
 
 
 def _sign(value: float) -> int:
