@@ -187,7 +187,9 @@ def demo(
     from corda.demo.run import demonstrate
 
     _quiet()
-    results, page = demonstrate(output_dir, seed, set_ or [], shown)
+    results, page = demonstrate(
+        output_dir, seed, set_ or [], shown, announce=lambda text: _errors.print(text, markup=False)
+    )
     _print_table(results)
     Console().print(f"Report: {page}", soft_wrap=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,18 @@ from corda import pipeline
 from corda.demo import write
 from corda.progress import Progress, silent
 from corda.recipe import apply_overrides, parse_recipe
+from corda.report.card import method_name
 from corda.report.page import write_page
 
 METHODS = ("lora", "kpm")
 
 
 def demonstrate(
-    folder: Path, seed: int = 0, overrides: Sequence[str] = (), progress: Progress = silent
+    folder: Path,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    progress: Progress = silent,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[dict[str, Any]], Path]:
     """Run the demo's recipe once per method.
 
@@ -28,13 +33,15 @@ def demonstrate(
         seed: Of data order and sampling.
         overrides: `key=value` for both runs; `lora:key=value` or `kpm:key=value` for one.
         progress: Shows how far it is.
+        announce: Told what comes next.
 
     Returns:
         The results of both runs, LoRA's first, and the path of the page.
     """
     write(folder / "data")
     results = []
-    for method in METHODS:
+    for number, method in enumerate(METHODS, start=1):
+        announce(f"[{number}/{len(METHODS)}] {method_name(method)}")
         raw = yaml.safe_load(files("corda.demo").joinpath(f"{method}.yaml").read_text(encoding="utf-8"))
         raw |= {"output_dir": str(folder / method), "seed": seed}
         raw["data"]["data_dir"] = str(folder / "data")
