@@ -58,7 +58,7 @@ def _ours(model: torch.nn.Module, rows: list[Encoded]) -> None:
     from corda.adapter import attach
     from corda.context.collect import collect_encoded
     from corda.journal import Journal
-    from corda.plan.plan import make_plan
+    from corda.plan.make import make_plan
     from corda.targets import find_targets
 
     with tempfile.TemporaryDirectory() as folder:

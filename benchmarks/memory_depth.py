@@ -20,7 +20,7 @@ from corda.context.collect import collect_encoded
 from corda.data.batches import Encoded
 from corda.journal import Journal
 from corda.metering import Meter
-from corda.plan.plan import make_plan
+from corda.plan.make import make_plan
 from corda.targets import find_targets
 
 DEPTHS = (4, 8, 16, 32)

@@ -20,7 +20,7 @@ from corda.data.batches import batches, encode
 from corda.data.formats import to_records
 from corda.errors import CalibrationError, PlanError, TargetError
 from corda.metric import Metric, damping
-from corda.plan.plan import make_plan
+from corda.plan.make import make_plan
 from corda.recipe import parse_recipe
 from corda.targets import find_targets
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from corda.context.collect import collect as collect
     from corda.exporting import export as export
     from corda.pipeline import run as run
-    from corda.plan.plan import make_plan as make_plan
+    from corda.plan.make import make_plan as make_plan
     from corda.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "attach": "corda.adapter",
     "collect": "corda.context.collect",
     "export": "corda.exporting",
-    "make_plan": "corda.plan.plan",
+    "make_plan": "corda.plan.make",
     "run": "corda.pipeline",
 }
 

@@ -120,10 +120,14 @@ def plan(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) ->
     """Decompose the layers: ranks, spectra and initial factors."""
     with _opened(recipe, set_) as stages:
         made = stages.plan().as_json()
-        _print(
-            made if as_json else {k: v for k, v in made.items() if k != "layers"} | {"layers": len(made["layers"])},
-            as_json,
-        )
+        if not as_json:
+            from corda.report.table import plan_table
+
+            Console().print(plan_table(made))
+            for warning in made["warnings"]:
+                typer.echo(f"Warning: {warning}")
+            return
+        _print(made, as_json)
 
 
 @app.command()

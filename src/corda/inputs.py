@@ -11,7 +11,7 @@ from corda.data import sources
 from corda.data.batches import load_records
 from corda.data.formats import Record, render
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
-from corda.plan import plan as plans
+from corda.plan.make import uniform_rank
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
 from corda.training import trainer_arguments
@@ -81,11 +81,12 @@ class Inputs:
             model,
             data,
             identify(r.context_source()),
-            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload"}),
+            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection"}),
             r.adapter.target_modules,
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})
-        plan = artifact.fingerprint("plan", model, context if r.context_source() else None, options)
+        chosen = [context, r.context.selection] if r.context_source() else None
+        plan = artifact.fingerprint("plan", model, chosen, options)
         settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
         train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings)
         evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})
@@ -108,7 +109,7 @@ class Inputs:
             CordaError: whatever is wrong with model, data, targets or rank.
         """
         targets = self.targets
-        plans.check_ranks(targets, self.recipe.adapter.rank)
+        rank = uniform_rank(targets, self.recipe.adapter)
         used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
         if self.context_records:
             used["the calibration data"] = self.context_records
@@ -118,10 +119,9 @@ class Inputs:
         for records in used.values():
             for record in records[:100]:
                 render(record, self.tokenizer, self.recipe.data.template)
-        options = self.recipe.adapter
         return {
             "layers": len(targets),
-            "trainable_parameters": sum((t.d_in + t.d_out) * options.rank for t in targets),
+            "trainable_parameters": sum((t.d_in + t.d_out) * rank for t in targets),
             "calibration_records": len(self.context_records),
             "training_records": len(self.learn_records),
             "tasks": {task.name: len(task.records) for task in self.tasks},

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from corda import adapter, artifact, exporting, models, training
 from corda.context import collect, store
 from corda.context.store import Context
-from corda.data.batches import calibration_set, encode, pad_id
+from corda.data.batches import calibration_rounds, encode, pad_id
 from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
 from corda.evaluation.scores import change
@@ -33,6 +33,7 @@ from corda.journal import Journal
 from corda.metering import Meter
 from corda.offload import LazyWeights, empty_model
 from corda.plan import plan as plans
+from corda.plan.make import make_plan
 from corda.plan.plan import Plan
 from corda.progress import Progress, silent
 from corda.recipe import Recipe
@@ -103,9 +104,10 @@ class Stages:
             r, options = self.recipe, self.recipe.context
             journal = Journal(self.folder / "context.partial", self.inputs.fingerprints["context"])
             with self.meter.stage("collect"):
-                chosen = calibration_set(
+                chosen = calibration_rounds(
                     self.inputs.context_records,
                     self.inputs.tokenizer,
+                    options.rounds,
                     template=r.data.template,
                     max_length=r.data.max_length,
                     samples=options.samples,
@@ -144,10 +146,11 @@ class Stages:
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
                 model, lazy = self._for_context()
-                plan = plans.make_plan(
+                plan = make_plan(
                     model,
                     context or self.inputs.targets,
                     self.recipe.adapter,
+                    selection=self.recipe.context.selection,
                     journal=journal,
                     weights=lazy.get if lazy else None,
                     device=models.pick_device(self.recipe.model.device),

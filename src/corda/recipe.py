@@ -16,6 +16,9 @@ from corda.errors import RecipeError
 Mode = Literal["kpm", "ipm", "lora"]
 Balance = Literal["equal", "sigma"]
 Base = Literal["intact", "residual"]
+Allocation = Literal["uniform", "dynamic"]
+Selection = Literal["first", "pooled", "dynamic"]
+Scale = Literal["token", "unit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
@@ -83,8 +86,10 @@ class DataOptions(_Strict):
 class ContextOptions(_Strict):
     """What the covariances are collected from."""
 
-    samples: PositiveInt | None = Field(256, description="calibration records, or windows with pack_to")
-    tokens: PositiveInt | None = Field(None, description="stop after this many tokens")
+    rounds: PositiveInt = Field(1, description="disjoint sample sets, each a candidate covariance; the paper has 5")
+    selection: Selection = Field("first", description="first: CorDA; pooled: all as one; dynamic: the best per layer")
+    samples: PositiveInt | None = Field(256, description="calibration records per round, or windows with pack_to")
+    tokens: PositiveInt | None = Field(None, description="per round, stop after this many tokens")
     pack_to: PositiveInt | None = Field(None, description="fill windows of this many tokens with whole records")
     positions: Literal["all", "response"] = Field("all", description="which tokens count")
     batch_size: PositiveInt = Field(8, description="records per forward pass; does not change the result")
@@ -101,6 +106,14 @@ class AdapterOptions(_Strict):
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank, so scaling 1")
     use_rslora: bool = Field(False, description="scaling alpha/sqrt(rank) instead of alpha/rank")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    budget: PositiveInt | None = Field(None, description="trainable parameters; default: those of rank in every layer")
+    allocation: Allocation = Field("uniform", description="uniform: rank in every layer; dynamic: by CorDA++ scores")
+    rank_floor: PositiveInt = Field(1, description="smallest rank of a layer, for dynamic allocation")
+    rank_cap: PositiveInt | None = Field(None, description="largest rank of a layer, for dynamic allocation")
+    overshoot: bool = Field(False, description="take the step that passes the budget too, as the paper does")
+    compactness_scale: Scale = Field("token", description="C inside π: token: as it is; unit: over its mean diagonal")
+    compactness_damp: float = Field(0.01, ge=0, description="damping of C inside π, in units of its mean diagonal")
+    compactness_of: Literal["C", "WC"] = Field("C", description="whose extreme singular values π is made of")
     exponent: float = Field(1.0, description="a in W C^a: 1 CorDA, 0.5 output energy, 0 plain SVD")
     damp: float = Field(0.01, ge=0, description="damping, in units of C's mean diagonal")
     balance: Balance = Field("equal", description="split of BA: equal norms, or the paper's sigma")
@@ -115,6 +128,14 @@ class AdapterOptions(_Strict):
         if value not in {0.0, 0.5, 1.0}:
             raise ValueError("the exponent is one of 0, 0.5 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> AdapterOptions:
+        if self.allocation == "dynamic" and self.mode == "lora":
+            raise ValueError("allocation 'dynamic' needs covariances, which mode lora has not")
+        if self.rank_cap is not None and self.rank_cap < self.rank_floor:
+            raise ValueError("rank_cap is below rank_floor")
+        return self
 
     @model_validator(mode="after")
     def _no_dropped_base(self) -> AdapterOptions:

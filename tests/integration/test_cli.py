@@ -37,6 +37,9 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     assert json.loads(out)["distinct_inputs"] == 8
     code, out, _ = corda("plan", path, "--json")
     assert json.loads(out)["trainable_parameters"] == checked["trainable_parameters"]
+    code, out, _ = corda("plan", path)
+    assert "energy adapted" in out
+    assert "down_proj" in out
     code, out, _ = corda("train", path, "--json")
     assert json.loads(out)["step0"]["max_relative_logit_difference"] == 0
     code, out, _ = corda("eval", path, "--json")

@@ -61,7 +61,7 @@ def count_work(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counted(pipeline.collect, "collect_encoded", "collect")
-    counted(pipeline.plans, "make_plan", "plan")
+    counted(pipeline, "make_plan", "plan")
     counted(pipeline.training, "train", "train")
     counted(pipeline, "evaluate", "evaluate")
     counted(pipeline.exporting, "export", "export")

@@ -9,7 +9,7 @@ from corda.adapter import INITIAL, attach
 from corda.context.collect import collect
 from corda.data.batches import encode, load_records
 from corda.errors import DataError, RecipeError
-from corda.plan.plan import make_plan
+from corda.plan.make import make_plan
 from corda.recipe import DataSource, TrainingOptions
 from corda.training import train
 

@@ -14,7 +14,7 @@ from corda.adapter import INITIAL, attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError, PlanError
 from corda.exporting import export
-from corda.plan.plan import make_plan
+from corda.plan.make import make_plan
 from corda.targets import weight_of
 
 IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from corda.data.batches import calibration_set, encode, load_records
+from corda.data.batches import calibration_rounds, encode, load_records
 from corda.data.formats import render, to_records
 from corda.data.sources import read_records
 from corda.errors import DataError
@@ -118,9 +118,9 @@ def test_a_sample_is_drawn_with_the_seed(tmp_path):
 
 def test_calibration_budgets(data, tokenizer):
     records = load_records(DataSource(dataset="keep.jsonl"), data, 0)
-    assert len(calibration_set(records, tokenizer, samples=5)) == 5
-    assert sum(map(len, calibration_set(records, tokenizer, samples=None, tokens=101))) == 101
-    windows = calibration_set(records, tokenizer, samples=3, pack_to=100)
+    assert len(calibration_rounds(records, tokenizer, samples=5)[0]) == 5
+    assert sum(map(len, calibration_rounds(records, tokenizer, samples=None, tokens=101)[0])) == 101
+    windows = calibration_rounds(records, tokenizer, samples=3, pack_to=100)[0]
     assert len(windows) == 3
     assert all(len(w) <= 100 for w in windows)
     assert [len(w.starts) for w in windows] == [2, 2, 2]
@@ -131,3 +131,15 @@ def test_an_answers_loss_does_not_count_the_end(tokenizer):
     for record, template, expected in ((qa, "plain", " Me"), (qa, "chat", "Me"), (chat, "plain", "Me")):
         segments = render(record, tokenizer, template, end=False)
         assert [s.text for s in segments if s.response] == [expected]
+
+
+def test_rounds_are_disjoint_and_seeded(data, tokenizer):
+    records = load_records(DataSource(dataset="keep.jsonl"), data, 0)
+    rounds = calibration_rounds(records, tokenizer, 4, samples=5)
+    ids = [one.ids for part in rounds for one in part]
+    assert [len(part) for part in rounds] == [5] * 4
+    assert len(set(ids)) == 20
+    assert rounds == calibration_rounds(records, tokenizer, 4, samples=5)
+    assert rounds[0] == calibration_rounds(records, tokenizer, 1, samples=5)[0]
+    with pytest.raises(DataError, match=r"not enough calibration records.*round 5 of 5"):
+        calibration_rounds(records, tokenizer, 5, samples=5)

@@ -130,7 +130,7 @@ def test_finished_blocks_are_not_collected_again(model, encoded, tmp_path):
 def test_offloaded_is_whole_with_one_block_in_memory_at_a_time(pico, model, encoded):
     from corda.models import Source
     from corda.offload import LazyWeights, empty_model
-    from corda.plan.plan import make_plan
+    from corda.plan.make import make_plan
     from corda.recipe import ModelOptions
 
     source = Source(str(pico), None)

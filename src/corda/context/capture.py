@@ -17,13 +17,18 @@ from corda.metric import full_precision
 from corda.targets import LayerSpec
 
 
+def candidate(group: str, round_: int) -> str:
+    """Name of a group's covariance from one calibration round; the first round's is the group's own name."""
+    return f"{group}#{round_}" if round_ else group
+
+
 @dataclass(frozen=True)
 class Captured:
     """What was collected for some layers.
 
     Attributes:
-        packed: Group name -> packed upper triangle of C = X Xᵀ / T, fp32, on the CPU or still on disk.
-        tokens: Group name -> T.
+        packed: Candidate -> packed upper triangle of C = X Xᵀ / T, fp32, on the CPU or still on disk.
+        tokens: Candidate -> T.
         groups: Layer name -> group name, for every layer that was reached.
     """
 
@@ -112,11 +117,11 @@ class Capture:
                 fix="load the model in float32 or bfloat16, and check the data and the weights",
             )
 
-    def captured(self) -> Captured:
-        """The covariances so far, of every input that saw a token."""
-        seen = {group: a for group, a in self.accumulators.items() if a.tokens}
-        packed = {group: (pack_upper(a.total) / a.tokens).cpu() for group, a in seen.items()}
-        return Captured(packed, {group: a.tokens for group, a in seen.items()}, dict(self.groups))
+    def captured(self, round_: int = 0) -> Captured:
+        """The covariances so far, of every input that saw a token, as candidates of a round."""
+        seen = {candidate(group, round_): a for group, a in self.accumulators.items() if a.tokens}
+        packed = {key: (pack_upper(a.total) / a.tokens).cpu() for key, a in seen.items()}
+        return Captured(packed, {key: a.tokens for key, a in seen.items()}, dict(self.groups))
 
     def _counted(self, name: str, x: Tensor) -> Tensor:
         counts = self._counts

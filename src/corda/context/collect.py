@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corda.context.blocks import find_blocks
-from corda.context.capture import Capture, Captured, hooked
+from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.store import Context
 from corda.context.stream import streamed
-from corda.data.batches import Batch, Encoded, batches, calibration_set, pad_id
+from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
@@ -31,6 +31,7 @@ def collect(
     samples: int | None = 256,
     tokens: int | None = None,
     pack_to: int | None = None,
+    rounds: int = 1,
     max_length: int = 1024,
     template: Template = "plain",
     positions: Literal["all", "response"] = "all",
@@ -45,9 +46,10 @@ def collect(
         tokenizer: Its tokenizer.
         records: Texts, or dicts of any format in `data.formats`.
         target_modules: As in `find_targets`.
-        samples: Records drawn (windows with pack_to).
-        tokens: Limit in tokens.
+        samples: Records drawn for each round (windows with pack_to).
+        tokens: Limit in tokens, for each round.
         pack_to: Window length in tokens; attention does not cross records.
+        rounds: Disjoint sets of samples, each of which makes a candidate covariance (CorDA++).
         max_length: Longest record in tokens.
         template: "plain" or "chat".
         positions: Count all tokens, or those of responses only.
@@ -61,9 +63,10 @@ def collect(
         CalibrationError: a layer saw no token, or activations are not finite.
     """
     raw = [{"text": record} if isinstance(record, str) else record for record in records]
-    chosen = calibration_set(
+    chosen = calibration_rounds(
         to_records(raw),
         tokenizer,
+        rounds,
         template=template,
         max_length=max_length,
         samples=samples,
@@ -84,7 +87,7 @@ def collect(
 
 def collect_encoded(
     model: PreTrainedModel,
-    encoded: Sequence[Encoded],
+    encoded: Sequence[Encoded] | Sequence[Sequence[Encoded]],
     layers: Sequence[LayerSpec],
     *,
     pad_token_id: int,
@@ -101,7 +104,7 @@ def collect_encoded(
 
     Args:
         model: See `collect`.
-        encoded: Calibration records.
+        encoded: Calibration records, or those of several rounds, each of which makes a candidate covariance.
         layers: Target layers.
         pad_token_id: Of pads, which never count.
         batch_size: Rows per forward pass.
@@ -116,7 +119,9 @@ def collect_encoded(
     Raises:
         ModelError: `weights` for a model whose targets do not all lie in one list of blocks.
     """
-    parts = list(batches(encoded, pad_token_id, batch_size, response_only=response_only))
+    rounds = [
+        list(batches(part, pad_token_id, batch_size, response_only=response_only)) for part in _as_rounds(encoded)
+    ]
     body = _body(model, layers)
     blocks = find_blocks(body, model, layers) if stream else None
     notes: list[str] = []
@@ -126,7 +131,7 @@ def collect_encoded(
                 model,
                 body,
                 blocks,
-                parts,
+                rounds,
                 layers,
                 inputs_of=model_inputs,
                 journal=journal,
@@ -144,18 +149,22 @@ def collect_encoded(
             )
         if stream:
             notes.append("collected whole, not in blocks: the targets do not all lie in one list of blocks")
-        found = [_whole(model, body, progress(parts, "collect", len(parts)), layers)]
-    return _finish(found, layers, skip_unseen, notes)
+        found = [
+            _whole(model, body, progress(parts, "collect", len(parts)), layers, r) for r, parts in enumerate(rounds)
+        ]
+    return _finish(found, layers, skip_unseen, notes, len(rounds))
 
 
 def collect_batches(
     model: PreTrainedModel, parts: Iterable[Batch], layers: Sequence[LayerSpec], *, skip_unseen: bool = False
 ) -> Context:
     """`collect` for batches made by the caller, through the whole decoder body at once."""
-    return _finish([_whole(model, _body(model, layers), parts, layers)], layers, skip_unseen, [])
+    return _finish([_whole(model, _body(model, layers), parts, layers, 0)], layers, skip_unseen, [], 1)
 
 
-def _whole(model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec]) -> Captured:
+def _whole(
+    model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec], round_: int
+) -> Captured:
     capture = Capture(layers)
     device = next(model.parameters()).device
     with hooked(model, capture):
@@ -164,7 +173,7 @@ def _whole(model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], laye
             with capture.batch(batch.counts):
                 body(**model_inputs(batch))
             capture.check_finite()
-    return capture.captured()
+    return capture.captured(round_)
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -181,6 +190,11 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
+def _as_rounds(encoded: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> list[list[Encoded]]:
+    flat = [part for part in encoded if isinstance(part, Encoded)]
+    return [flat] if flat else [list(part) for part in encoded if not isinstance(part, Encoded)]
+
+
 def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
     """The model without its head where no target lies outside of it: logits are never needed."""
     body: nn.Module = model.base_model
@@ -188,10 +202,16 @@ def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
     return body if all(id(model.get_submodule(layer.name)) in inside for layer in layers) else model
 
 
-def _finish(found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen: bool, notes: Sequence[str]) -> Context:
+def _finish(
+    found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen: bool, notes: Sequence[str], rounds: int
+) -> Context:
     tokens = {group: t for part in found for group, t in part.tokens.items()}
     groups = {layer: group for part in found for layer, group in part.groups.items()}
-    unseen = [layer.name for layer in layers if groups.get(layer.name) not in tokens]
+    unseen = [
+        layer.name
+        for layer in layers
+        if layer.name not in groups or any(candidate(groups[layer.name], r) not in tokens for r in range(rounds))
+    ]
     if unseen and not skip_unseen:
         raise CalibrationError(
             f"{len(unseen)} target layer{'s' if len(unseen) > 1 else ''} saw no token",
@@ -205,7 +225,8 @@ def _finish(found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen:
         raise CalibrationError("no target layer saw a token", fix="check the calibration data")
     warnings = [*notes, *(f"left out, no token seen: {name}" for name in unseen)]
     widest = max(seen, key=lambda layer: layer.d_in)
-    fewest = min(tokens[groups[layer.name]] for layer in seen if layer.d_in == widest.d_in)
+    widest_groups = {groups[layer.name] for layer in seen if layer.d_in == widest.d_in}
+    fewest = min(tokens[candidate(group, r)] for group in widest_groups for r in range(rounds))
     if fewest < 2 * widest.d_in:
         warnings.append(
             f"few calibration tokens: {fewest} for {widest.name} with {widest.d_in} inputs, whose covariance has rank "
@@ -217,4 +238,5 @@ def _finish(found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen:
         tokens,
         merged([part.packed for part in found]),
         tuple(warnings),
+        rounds,
     )

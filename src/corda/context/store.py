@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from corda import artifact
 from corda.context.accumulator import unpack_upper
+from corda.context.capture import candidate
 from corda.errors import ArtifactError
 from corda.journal import LazyTensors
 from corda.targets import LayerSpec
@@ -26,9 +28,10 @@ class Context:
     Attributes:
         layers: Every target layer that saw tokens, in module order.
         groups: Layer name -> group name; layers of a group share their input.
-        tokens: Group name -> number of tokens.
-        packed: Group name -> packed upper triangle of C = X Xᵀ / T, fp32, in memory or read when asked for.
+        tokens: Candidate -> number of tokens; a group's candidate of round 0 has the group's name.
+        packed: Candidate -> packed upper triangle of C = X Xᵀ / T, fp32, in memory or read when asked for.
         warnings: What a person should know of the calibration, e.g. too few tokens.
+        rounds: Candidates per group.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -36,9 +39,14 @@ class Context:
     tokens: Mapping[str, int]
     packed: Mapping[str, Tensor]
     warnings: tuple[str, ...] = ()
+    rounds: int = 1
 
-    def covariance(self, layer: str) -> Tensor:
+    def covariance(self, layer: str, round_: int | None = 0) -> Tensor:
         """C of a layer's input, (d_in, d_in) fp32, symmetric.
+
+        Args:
+            layer: Full name.
+            round_: Which candidate; None for all of them pooled.
 
         Raises:
             ArtifactError: the layer was not collected.
@@ -47,7 +55,19 @@ class Context:
         spec = next((s for s in self.layers if s.name == layer), None)
         if group is None or spec is None:
             raise ArtifactError("the context has no covariance for a layer", where=layer, fix="collect again")
-        return unpack_upper(self.packed[group], spec.d_in)
+        if round_ is not None:
+            return unpack_upper(self.packed[candidate(group, round_)], spec.d_in)
+        total = self.token_count(layer, None)
+        shares = [self.tokens[candidate(group, r)] / total for r in range(self.rounds)]
+        pooled = torch.zeros(())
+        for r, share in enumerate(shares):
+            pooled = pooled + share * self.packed[candidate(group, r)]
+        return unpack_upper(pooled, spec.d_in)
+
+    def token_count(self, layer: str, round_: int | None = 0) -> int:
+        """Tokens behind a layer's candidate, or behind all of them together."""
+        wanted = range(self.rounds) if round_ is None else [round_]
+        return sum(self.tokens[candidate(self.groups[layer], r)] for r in wanted)
 
     def members(self) -> dict[str, list[LayerSpec]]:
         """Group name -> its layers, both in module order."""
@@ -79,6 +99,7 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
             tokens=dict(context.tokens),
             shards=shards,
             warnings=list(context.warnings),
+            rounds=context.rounds,
             **extra,
         )
     return load(artifact.read(folder, "context", verify=False))
@@ -89,7 +110,9 @@ def load(found: artifact.Artifact) -> Context:
     manifest = found.manifest
     layers = tuple(LayerSpec(**layer) for layer in manifest["layers"])
     packed = LazyTensors({group: found.path(name) for group, name in manifest["shards"].items()})
-    return Context(layers, manifest["groups"], manifest["tokens"], packed, tuple(manifest["warnings"]))
+    return Context(
+        layers, manifest["groups"], manifest["tokens"], packed, tuple(manifest["warnings"]), manifest["rounds"]
+    )
 
 
 def _link(source: Path, target: Path) -> None:

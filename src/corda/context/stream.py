@@ -23,7 +23,7 @@ def streamed(
     model: PreTrainedModel,
     body: nn.Module,
     blocks: Sequence[tuple[str, nn.Module]],
-    parts: Sequence[Batch],
+    rounds: Sequence[Sequence[Batch]],
     layers: Sequence[LayerSpec],
     *,
     inputs_of: Callable[[Batch], dict[str, Any]],
@@ -41,7 +41,7 @@ def streamed(
         model: The whole model, for hooks.
         body: The part of it that is run.
         blocks: Name and module of each block, in order.
-        parts: Calibration batches, on the CPU.
+        rounds: Calibration batches of each round, on the CPU; every round makes a covariance of its own.
         layers: Target layers, all inside the blocks.
         inputs_of: Keyword arguments of `body` for a batch.
         journal: Finished blocks, or None.
@@ -52,39 +52,42 @@ def streamed(
     device = device or next(model.parameters()).device
     modules = [block for _, block in blocks]
     members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
-    known = [Captured.noted(journal, _key(i)) if journal else None for i in range(len(blocks))]
-    needed = max((i for i in range(len(blocks)) if members[i] and known[i] is None), default=-1)
-    hidden: list[Tensor] = []
+    known = [
+        [Captured.noted(journal, _key(i, r)) if journal else None for r in range(len(rounds))]
+        for i in range(len(blocks))
+    ]
+    needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
+    hidden: list[list[Tensor]] = [[] for _ in rounds]
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
     for index in progress(range(len(blocks)), "collect", len(blocks)):
-        done = known[index]
-        if index <= needed:
-            capture = Capture(members[index] if done is None else [])
-            with ExitStack() as stack:
-                if weights is not None:
-                    embedding = model.get_input_embeddings()
-                    stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
-                    stack.enter_context(weights.on(modules[index], blocks[index][0], device))
-                stack.enter_context(hooked(model, capture))
-                for b, cpu_batch in enumerate(parts):
-                    batch = cpu_batch.to(device)
-                    with torch.no_grad():
-                        entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
-                    states = hidden[b].to(device) if index else entering
-                    with capture.batch(batch.counts):
-                        out, wrap = run_block(modules[index], states, args, kwargs)
-                    if index == 0:
-                        hidden.append(out.cpu())
-                    else:
-                        hidden[b] = out.cpu()
-                capture.check_finite()
-            if done is None and members[index]:
-                done = capture.captured()
-                if journal is not None:
-                    journal.put(_key(index), done.packed, done.facts())
-                    done = Captured.noted(journal, _key(index))
-        if done is not None:
-            yield done
+        with ExitStack() as stack:
+            if weights is not None and index <= needed:
+                embedding = model.get_input_embeddings()
+                stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
+                stack.enter_context(weights.on(modules[index], blocks[index][0], device))
+            for r, parts in enumerate(rounds):
+                done = known[index][r]
+                if index <= needed:
+                    capture = Capture(members[index] if done is None else [])
+                    with hooked(model, capture):
+                        for b, cpu_batch in enumerate(parts):
+                            batch = cpu_batch.to(device)
+                            entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
+                            states = hidden[r][b].to(device) if index else entering
+                            with capture.batch(batch.counts):
+                                out, wrap = run_block(modules[index], states, args, kwargs)
+                            if index == 0:
+                                hidden[r].append(out.cpu())
+                            else:
+                                hidden[r][b] = out.cpu()
+                    capture.check_finite()
+                    if done is None and members[index]:
+                        done = capture.captured(r)
+                        if journal is not None:
+                            journal.put(_key(index, r), done.packed, done.facts())
+                            done = Captured.noted(journal, _key(index, r))
+                if done is not None:
+                    yield done
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -92,5 +95,5 @@ def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return names[0]
 
 
-def _key(index: int) -> str:
-    return f"block-{index:04d}"
+def _key(index: int, round_: int) -> str:
+    return f"block-{index:04d}" + (f"-round-{round_}" if round_ else "")

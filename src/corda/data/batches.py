@@ -102,9 +102,10 @@ def encode_segments(
     return Encoded(tuple(ids[:max_length]), tuple(response[:max_length]))
 
 
-def calibration_set(
+def calibration_rounds(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
+    rounds: int = 1,
     *,
     template: Template = "plain",
     max_length: int = 1024,
@@ -112,40 +113,51 @@ def calibration_set(
     tokens: int | None = None,
     pack_to: int | None = None,
     seed: int = 0,
-) -> list[Encoded]:
-    """Draw the calibration samples: records, or windows packed to `pack_to` tokens, until a limit is met.
+) -> list[list[Encoded]]:
+    """Draw disjoint sets of calibration samples: records, or windows packed to `pack_to` tokens, until a limit is met.
 
     Args:
         records: Where to draw from, without replacement.
         tokenizer: The model's.
+        rounds: How many sets.
         template: How records become text.
         max_length: Longest record, in tokens.
-        samples: At most so many records (windows with `pack_to`).
-        tokens: At most so many tokens; the last record is cut to fit.
+        samples: At most so many records (windows with `pack_to`) per round.
+        tokens: At most so many tokens per round; the last record is cut to fit.
         pack_to: Window length; attention does not cross records.
         seed: Of the order drawn.
 
     Raises:
-        DataError: nothing is left after encoding.
+        DataError: nothing is left after encoding, or not enough records for every round.
     """
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen: list[Encoded] = []
-    room = tokens if tokens is not None else None
-    for index in order:
-        if not pack_to and samples is not None and len(chosen) >= samples:
-            break
-        if pack_to and samples is not None and sum(map(len, chosen)) >= samples * pack_to:
-            break
-        if room is not None and room <= 0:
-            break
-        limit = min(x for x in (max_length, pack_to, room) if x is not None)
-        one = encode(records[index], tokenizer, template=template, max_length=limit)
-        if len(one):
-            chosen.append(one)
-            room = None if room is None else room - len(one)
-    if not chosen:
-        raise DataError("no calibration record has a token", where="context", fix="check the data and max_length")
-    return pack(chosen, pack_to)[:samples] if pack_to else chosen
+    order = iter(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist())
+    drawn: list[list[Encoded]] = []
+    share = -(-len(records) // rounds) if samples is None and tokens is None else len(records)
+    for number in range(rounds):
+        chosen: list[Encoded] = []
+        used = 0
+        for _ in range(share):
+            enough = samples is not None and (used >= samples * pack_to if pack_to else len(chosen) >= samples)
+            if enough or (tokens is not None and used >= tokens):
+                break
+            index = next(order, None)
+            if index is None:
+                break
+            room = None if tokens is None else tokens - used
+            limit = min(x for x in (max_length, pack_to, room) if x is not None)
+            one = encode(records[index], tokenizer, template=template, max_length=limit)
+            if len(one):
+                chosen.append(one)
+                used += len(one)
+        if not chosen:
+            raise DataError(
+                "there are not enough calibration records",
+                where="context",
+                got=f"{len(records)} records, all drawn before round {number + 1} of {rounds}",
+                fix="give more records, or lower context.samples or context.rounds",
+            )
+        drawn.append(pack(chosen, pack_to)[:samples] if pack_to else chosen)
+    return drawn
 
 
 def pack(encoded: Sequence[Encoded], length: int) -> list[Encoded]:

@@ -65,6 +65,18 @@ def compactness(C: Tensor, d_out: int, *, damp: float = 0.01, scale: Scale = "to
     return Compactness(0.5 * math.log(d_out * largest) - math.log(smallest), largest, smallest, lam)
 
 
+def from_spectrum(spectrum: Tensor, d_out: int) -> Compactness:
+    """π with the extreme singular values of W C instead of C, the paper's other reading.
+
+    Raises:
+        ValueError: the smallest is 0.
+    """
+    smallest, largest = float(spectrum.min()), float(spectrum.max())
+    if smallest <= 0:
+        raise ValueError("W C is singular: π is infinite")
+    return Compactness(0.5 * math.log(d_out * largest) - math.log(smallest), largest, smallest, 0.0)
+
+
 def extreme_eigenvalues(C: Tensor) -> tuple[float, float]:
     """Smallest and largest eigenvalue of a symmetric positive semi-definite matrix (d, d) fp64.
 

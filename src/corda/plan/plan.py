@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from corda import artifact, linalg
-from corda.context.store import Context
 from corda.errors import PlanError
-from corda.journal import Journal
-from corda.metric import Metric, damping, full_precision
-from corda.progress import Progress, silent
-from corda.recipe import AdapterOptions, Mode, parse_adapter
-from corda.targets import LayerSpec, weight_of
+from corda.recipe import AdapterOptions, Mode
+from corda.targets import LayerSpec
 
 _END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
 
@@ -34,7 +29,7 @@ class LayerPlan:
         kind: See LayerSpec.
         d_out: Output features.
         d_in: Input features.
-        rank: Components adapted, r.
+        rank: Components adapted, r; 0 only before ranks are allocated.
         group: The distinct input it shares, or its own name.
         tokens: Tokens behind its covariance; 0 without one.
         damping: λ, the number added to C's diagonal.
@@ -43,6 +38,10 @@ class LayerPlan:
         energy: Share of ‖W (C + λI)^a‖²_F held by the adapted components.
         dead: Directions of negligible ‖uᵀW‖, which start with a zero column of B.
         norm_ratio: ‖A‖_F / ‖B‖_F at the start.
+        chosen: The calibration round whose covariance was taken; None for all of them pooled.
+        log_pi: log π of that covariance; None where nothing depended on it.
+        floor_decided: More than half of its smallest eigenvalue inside π is damping.
+        scores: Score of every candidate, the lowest of which was taken; empty without dynamic selection.
     """
 
     name: str
@@ -58,6 +57,10 @@ class LayerPlan:
     energy: float = 0.0
     dead: int = 0
     norm_ratio: float = 0.0
+    chosen: int | None = 0
+    log_pi: float | None = None
+    floor_decided: bool = False
+    scores: tuple[float, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -114,62 +117,10 @@ def scaling(options: AdapterOptions, rank: int) -> float:
     return alpha / math.sqrt(options.rank) if options.use_rslora else alpha / options.rank
 
 
-def make_plan(
-    model: nn.Module,
-    context: Context | Sequence[LayerSpec],
-    options: AdapterOptions | None = None,
-    *,
-    journal: Journal | None = None,
-    weights: Callable[[str], Tensor] | None = None,
-    device: torch.device | None = None,
-    progress: Progress = silent,
-    **settings: Any,
-) -> Plan:
-    """Choose the components of every layer and build their factors (CorDA, eqs. 2-5).
-
-    Args:
-        model: The base model that the context was collected on; only read.
-        context: Covariances, or the bare layers for mode "lora".
-        options: Adapter options.
-        journal: Where finished layers are kept, so that an interrupted decomposition continues.
-        weights: For a model without weights: gives a parameter by its full name.
-        device: To compute on; default: that of the model.
-        progress: Shows how far it is.
-        settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
-
-    Raises:
-        PlanError: a rank that a layer does not allow, or a mode that needs a context and has none.
-    """
-    if options is not None and settings:
-        raise PlanError("give adapter options or settings by name, not both", got=", ".join(settings))
-    options = options or parse_adapter(settings)
-    specs = context.layers if isinstance(context, Context) else tuple(context)
-    check_ranks(specs, options.rank)
-    if options.mode == "lora":
-        plain = tuple(LayerPlan(s.name, s.kind, s.d_out, s.d_in, options.rank, s.name) for s in specs)
-        return Plan(options, plain)
-    if not isinstance(context, Context):
-        raise PlanError("a mode that needs covariances got none", where=f"mode {options.mode}", fix="collect first")
-    layers: dict[str, LayerPlan] = {}
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    spectra: dict[str, Tensor] = {}
-    groups = context.members()
-    device = device or next(model.parameters()).device
-
-    def weight(spec: LayerSpec) -> Tensor:
-        given = weights(f"{spec.name}.weight") if weights is not None else None
-        return weight_of(model, spec, given).to(device)
-
-    for group, members in progress(groups.items(), "decompose", len(groups)):
-        with torch.no_grad(), full_precision():
-            parts = _group(weight, context, group, members, options, journal, device)
-        for part in parts:
-            name = part.layer.name
-            layers[name], factors[name], spectra[name] = part.layer, (part.A, part.B), part.spectrum
-    dead = sum(layer.dead for layer in layers.values())
-    notes = [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
-    ordered = tuple(layers[spec.name] for spec in specs)
-    return Plan(options, ordered, factors, spectra, (*context.warnings, *notes))
+def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
+    """Inverse of asdict, after JSON."""
+    fields = {key: value for key, value in raw.items() if key != "shape"}
+    return LayerPlan(**(fields | {"scores": tuple(raw["scores"])}))
 
 
 def check_ranks(layers: Sequence[LayerSpec], rank: int) -> None:
@@ -211,7 +162,7 @@ def load(found: artifact.Artifact) -> Plan:
     """Read a plan back."""
     raw = json.loads(found.path("plan.json").read_text(encoding="utf-8"))
     tensors = load_file(found.path("factors.safetensors"))
-    layers = tuple(LayerPlan(**{k: v for k, v in layer.items() if k != "shape"}) for layer in raw["layers"])
+    layers = tuple(layer_from_json(layer) for layer in raw["layers"])
     factors = {
         layer.name: (tensors[f"{layer.name}.A"], tensors[f"{layer.name}.B"])
         for layer in layers
@@ -219,67 +170,3 @@ def load(found: artifact.Artifact) -> Plan:
     }
     spectra = load_file(found.path("spectra.safetensors"))
     return Plan(AdapterOptions(**raw["options"]), layers, factors, spectra, tuple(raw["warnings"]))
-
-
-@dataclass(frozen=True)
-class _Part:
-    layer: LayerPlan
-    A: Tensor
-    B: Tensor
-    spectrum: Tensor
-
-
-def _group(
-    weight: Callable[[LayerSpec], Tensor],
-    context: Context,
-    group: str,
-    members: Sequence[LayerSpec],
-    options: AdapterOptions,
-    journal: Journal | None,
-    device: torch.device,
-) -> list[_Part]:
-    """The layers that share an input, from the journal where they are done already."""
-    facts = journal.facts(group) if journal else None
-    if journal is not None and facts is not None:
-        tensors = load_file(journal.path(group))
-        return [
-            _Part(LayerPlan(**layer), *(tensors[f"{layer['name']}.{part}"] for part in ("A", "B", "spectrum")))
-            for layer in facts["layers"]
-        ]
-    C = context.covariance(members[0].name).to(device)
-    metric = Metric(C, options.exponent, damping(C, options.damp))
-    parts = [_factorise(spec, weight(spec), metric, context.tokens[group], group, options) for spec in members]
-    if journal is not None:
-        named = {
-            f"{p.layer.name}.{part}": t for p in parts for part, t in (("A", p.A), ("B", p.B), ("spectrum", p.spectrum))
-        }
-        journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
-    return parts
-
-
-def _factorise(spec: LayerSpec, W: Tensor, metric: Metric, tokens: int, group: str, options: AdapterOptions) -> _Part:
-    rank = options.rank
-    try:
-        found = linalg.subspace(W, metric, rank, _END[options.mode])
-    except ValueError as error:
-        raise PlanError("a layer cannot be decomposed", where=spec.name, got=error) from None
-    s = scaling(options, rank)
-    A, B, dead = linalg.factors(W, found, scaling=s, balance=options.balance)
-    values = found.spectrum if found.spectrum is not None else found.sigma
-    total = float(metric.root(W).double().square().sum())
-    layer = LayerPlan(
-        spec.name,
-        spec.kind,
-        spec.d_out,
-        spec.d_in,
-        rank,
-        group,
-        tokens,
-        metric.lam,
-        found.path,
-        found.condition if math.isfinite(found.condition) else -1.0,
-        float(found.sigma.square().sum()) / total if total else 0.0,
-        dead,
-        float(A.norm()) / max(float(B.norm()), 1e-30),
-    )
-    return _Part(layer, A.cpu(), B.cpu(), values.float().cpu())

@@ -45,3 +45,25 @@ def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
         cells = [format_score(metric, run["scores"]["after"][key]) for run in runs]
         table.add_row(task, side, _LABELS[metric], str(score["n"]), format_score(metric, score), *cells)
     return table
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
+    table = Table(title=f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
+    table.title_justify = "left"
+    table.add_column("layer", no_wrap=True)
+    for name in ("round", "log π", "scores", "rank", "share %", "energy adapted %"):
+        table.add_column(name, justify="right")
+    for layer in plan["layers"]:
+        share = 100 * sum(layer["shape"]) * layer["rank"] / plan["trainable_parameters"]
+        floor = " (damping)" if layer["floor_decided"] else ""
+        table.add_row(
+            layer["name"],
+            "all" if layer["chosen"] is None else str(layer["chosen"]),
+            "–" if layer["log_pi"] is None else f"{layer['log_pi']:.2f}{floor}",
+            " ".join(f"{score:.3g}" for score in layer["scores"]) or "–",
+            str(layer["rank"]),
+            f"{share:.2f}",
+            f"{100 * layer['energy']:.2g}",
+        )
+    return table

@@ -1,0 +1,271 @@
+"""Make a Plan: survey the layers where something is to be chosen, give out ranks, factorise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from corda import linalg
+from corda.context.store import Context
+from corda.errors import PlanError
+from corda.journal import Journal
+from corda.metric import Metric, damping, full_precision
+from corda.plan.allocation import Candidate, allocate
+from corda.plan.compactness import Compactness, compactness, from_spectrum
+from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
+from corda.plan.selection import candidate_score, choose
+from corda.progress import Progress, silent
+from corda.recipe import AdapterOptions, Selection, parse_adapter
+from corda.targets import LayerSpec, weight_of
+
+_END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
+
+
+def make_plan(
+    model: nn.Module,
+    context: Context | Sequence[LayerSpec],
+    options: AdapterOptions | None = None,
+    *,
+    selection: Selection = "first",
+    journal: Journal | None = None,
+    weights: Callable[[str], Tensor] | None = None,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Plan:
+    """Choose the components of every layer and build their factors (CorDA, eqs. 2-5; CorDA++, eqs. 7-10).
+
+    Args:
+        model: The base model that the context was collected on; only read.
+        context: Covariances, or the bare layers for mode "lora".
+        options: Adapter options.
+        selection: Which of a context's candidates a layer takes: the first, all pooled, or the one of lowest score.
+        journal: Where finished layers are kept, so that an interrupted decomposition continues.
+        weights: For a model without weights: gives a parameter by its full name.
+        device: To compute on; default: that of the model.
+        progress: Shows how far it is.
+        settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
+
+    Raises:
+        PlanError: a rank or budget that the layers do not allow, log π that is not positive, or a mode that needs a
+            context and has none.
+    """
+    if options is not None and settings:
+        raise PlanError("give adapter options or settings by name, not both", got=", ".join(settings))
+    options = options or parse_adapter(settings)
+    specs = context.layers if isinstance(context, Context) else tuple(context)
+    rank = uniform_rank(specs, options)
+    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, rank, s.name) for s in specs}
+    if options.mode == "lora":
+        return Plan(options, tuple(blank.values()))
+    if not isinstance(context, Context):
+        raise PlanError("a mode that needs covariances got none", where=f"mode {options.mode}", fix="collect first")
+    device = device or next(model.parameters()).device
+
+    def weight(spec: LayerSpec) -> Tensor:
+        given = weights(f"{spec.name}.weight") if weights is not None else None
+        return weight_of(model, spec, given).to(device)
+
+    work = _Work(context, options, selection, weight, device, journal)
+    groups = context.members()
+    with torch.no_grad(), full_precision():
+        if selection == "dynamic" or options.allocation == "dynamic":
+            surveyed = {
+                layer.name: (layer, spectrum)
+                for group, members in progress(groups.items(), "survey", len(groups))
+                for layer, spectrum in work.survey(group, members)
+            }
+            ranks = _ranks(surveyed, options, rank)
+            blank = {name: replace(layer, rank=ranks[name]) for name, (layer, _) in surveyed.items()}
+        else:
+            taken = None if selection == "pooled" else 0
+            blank = {name: replace(layer, chosen=taken) for name, layer in blank.items()}
+        parts = {
+            part.layer.name: part
+            for group, members in progress(groups.items(), "decompose", len(groups))
+            for part in work.factorise(group, [(spec, blank[spec.name]) for spec in members])
+        }
+    ordered = [parts[spec.name] for spec in specs]
+    dead = sum(part.layer.dead for part in ordered)
+    notes = [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
+    return Plan(
+        options,
+        tuple(part.layer for part in ordered),
+        {part.layer.name: (part.A, part.B) for part in ordered},
+        {part.layer.name: part.spectrum for part in ordered},
+        (*context.warnings, *notes),
+    )
+
+
+def uniform_rank(specs: Sequence[LayerSpec], options: AdapterOptions) -> int:
+    """The rank of every layer under uniform allocation: the largest that a budget allows, or the rank itself.
+
+    Raises:
+        PlanError: larger than a layer allows, or a budget below one per layer.
+    """
+    per_rank = sum(spec.d_in + spec.d_out for spec in specs)
+    rank = options.rank if options.budget is None else options.budget // per_rank
+    if rank < 1:
+        raise PlanError(
+            "the budget is below rank 1 in every layer",
+            where="adapter.budget",
+            got=options.budget,
+            expected=f"at least {per_rank}",
+            fix="raise it, or adapt fewer layers",
+        )
+    if options.allocation == "uniform":
+        check_ranks(specs, rank)
+    return rank
+
+
+def _ranks(surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOptions, rank: int) -> dict[str, int]:
+    """Ranks by the options' allocation under their budget."""
+    layers = [layer for layer, _ in surveyed.values()]
+    if options.allocation == "uniform":
+        return {layer.name: rank for layer in layers}
+    budget = options.budget or sum((layer.d_in + layer.d_out) * options.rank for layer in layers)
+    candidates = [Candidate(s, layer.log_pi or 0.0, layer.d_in + layer.d_out) for layer, s in surveyed.values()]
+    try:
+        ranks = allocate(
+            candidates,
+            budget,
+            "kpm" if options.mode == "kpm" else "ipm",
+            floor=options.rank_floor,
+            cap=options.rank_cap,
+            overshoot=options.overshoot,
+        )
+    except ValueError as error:
+        raise PlanError("ranks cannot be allocated", where="adapter.budget", got=error) from None
+    return {layer.name: r for layer, r in zip(layers, ranks, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Part:
+    layer: LayerPlan
+    A: Tensor
+    B: Tensor
+    spectrum: Tensor
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What both passes over the layers need."""
+
+    context: Context
+    options: AdapterOptions
+    selection: Selection
+    weight: Callable[[LayerSpec], Tensor]
+    device: torch.device
+    journal: Journal | None
+
+    def metric(self, layer: str, round_: int | None) -> Metric:
+        """(C + λI)^a of a layer's candidate."""
+        C = self.context.covariance(layer, round_).to(self.device)
+        return Metric(C, self.options.exponent, damping(C, self.options.damp))
+
+    def survey(self, group: str, members: Sequence[LayerSpec]) -> list[tuple[LayerPlan, Tensor]]:
+        """Spectra, π and scores without vectors; the candidate of lowest score stays, one in memory besides it."""
+        key = f"survey {group}"
+        facts = self.journal.facts(key) if self.journal else None
+        if self.journal is not None and facts is not None:
+            spectra = load_file(self.journal.path(key))
+            return [(layer_from_json(raw), spectra[raw["name"]]) for raw in facts["layers"]]
+        candidates: list[int | None] = [0] if self.selection == "first" else [None]
+        if self.selection == "dynamic":
+            candidates = list(range(self.context.rounds))
+        weights = {spec.name: self.weight(spec) for spec in members}
+        scores: dict[str, list[float]] = {spec.name: [] for spec in members}
+        best: dict[str, tuple[LayerPlan, Tensor]] = {}
+        for round_ in candidates:
+            metric = self.metric(members[0].name, round_)
+            for spec in members:
+                spectrum = linalg.spectrum(weights[spec.name], metric)
+                pi = self._compactness(spec, metric, spectrum)
+                scores[spec.name].append(candidate_score(pi.log_pi, spectrum))
+                if choose(scores[spec.name]) == len(scores[spec.name]) - 1:
+                    layer = LayerPlan(spec.name, spec.kind, spec.d_out, spec.d_in, 0, group)
+                    layer = replace(layer, chosen=round_, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
+                    best[spec.name] = (layer, spectrum.cpu())
+        several = self.selection == "dynamic"
+        found = [
+            (replace(layer, scores=tuple(scores[name]) if several else ()), spectrum)
+            for name, (layer, spectrum) in best.items()
+        ]
+        if self.journal is not None:
+            self.journal.put(
+                key, {layer.name: s for layer, s in found}, {"layers": [asdict(layer) for layer, _ in found]}
+            )
+        return found
+
+    def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[_Part]:
+        """Vectors for the chosen candidates and ranks; layers with one candidate share its metric."""
+        facts = self.journal.facts(group) if self.journal else None
+        if self.journal is not None and facts is not None:
+            tensors = load_file(self.journal.path(group))
+            return [
+                _Part(layer_from_json(raw), *(tensors[f"{raw['name']}.{part}"] for part in ("A", "B", "spectrum")))
+                for raw in facts["layers"]
+            ]
+        metrics: dict[int | None, Metric] = {}
+        parts = []
+        for spec, layer in members:
+            if layer.chosen not in metrics:
+                metrics = {layer.chosen: self.metric(spec.name, layer.chosen)}
+            tokens = self.context.token_count(spec.name, layer.chosen)
+            planned = replace(layer, group=group, tokens=tokens)
+            parts.append(_factorise(spec, planned, self.weight(spec), metrics[layer.chosen], self.options))
+        if self.journal is not None:
+            named = {
+                f"{p.layer.name}.{part}": tensor
+                for p in parts
+                for part, tensor in (("A", p.A), ("B", p.B), ("spectrum", p.spectrum))
+            }
+            self.journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
+        return parts
+
+    def _compactness(self, spec: LayerSpec, metric: Metric, spectrum: Tensor) -> Compactness:
+        options = self.options
+        assert metric.C is not None
+        try:
+            if options.compactness_of == "WC":
+                pi = from_spectrum(spectrum, spec.d_out)
+            else:
+                damp, scale = options.compactness_damp, options.compactness_scale
+                pi = compactness(metric.C, spec.d_out, damp=damp, scale=scale)
+        except ValueError as error:
+            raise PlanError("the compactness of a layer cannot be had", where=spec.name, got=error) from None
+        if pi.log_pi <= 0:
+            raise PlanError(
+                "log π is not positive, so that scores cannot be compared",
+                where=spec.name,
+                got=f"log π = {pi.log_pi:.3g} at compactness_scale {options.compactness_scale}",
+                expected="log π > 0",
+                fix="set adapter.compactness_scale: unit",
+            )
+        return pi
+
+
+def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, options: AdapterOptions) -> _Part:
+    try:
+        found = linalg.subspace(W, metric, layer.rank, _END[options.mode])
+    except ValueError as error:
+        raise PlanError("a layer cannot be decomposed", where=spec.name, got=error) from None
+    A, B, dead = linalg.factors(W, found, scaling=scaling(options, layer.rank), balance=options.balance)
+    values = found.spectrum if found.spectrum is not None else found.sigma
+    total = float(metric.root(W).double().square().sum())
+    layer = replace(
+        layer,
+        damping=metric.lam,
+        solver=found.path,
+        condition=found.condition if math.isfinite(found.condition) else -1.0,
+        energy=float(found.sigma.square().sum()) / total if total else 0.0,
+        dead=dead,
+        norm_ratio=float(A.norm()) / max(float(B.norm()), 1e-30),
+    )
+    return _Part(layer, A.cpu(), B.cpu(), values.float().cpu())

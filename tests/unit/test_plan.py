@@ -1,0 +1,217 @@
+"""CorDA++ on a live model: selection, allocation, budgets, and that per-layer ranks survive export and reload."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from corda import artifact, linalg
+from corda.adapter import attach, relative_difference
+from corda.context.collect import collect, collect_encoded
+from corda.context.store import save
+from corda.data.batches import encode
+from corda.data.formats import to_records
+from corda.errors import PlanError, RecipeError
+from corda.metric import Metric, damping
+from corda.plan import plan as plans
+from corda.plan.compactness import compactness
+from corda.plan.make import make_plan
+from corda.plan.selection import candidate_score
+from corda.targets import find_targets, weight_of
+
+IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
+UNIT = {"compactness_scale": "unit"}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def rounds(model, tokenizer, texts):
+    return collect(model, tokenizer, texts, samples=6, rounds=5)
+
+
+def test_rounds_are_collected_apart_and_pooled_by_tokens(model, tokenizer, texts, rounds):
+    encoded = [encode(record, tokenizer) for record in to_records([{"text": t} for t in texts])]
+    assert rounds.rounds == 5
+    layers = find_targets(model)
+    every = collect_encoded(model, encoded, layers, pad_token_id=0)
+    for layer in layers[::3]:
+        parts = [rounds.covariance(layer.name, r) for r in range(5)]
+        weights = [rounds.token_count(layer.name, r) for r in range(5)]
+        mixed = sum(w * c for w, c in zip(weights, parts, strict=True)) / sum(weights)
+        pooled = rounds.covariance(layer.name, None)
+        assert torch.allclose(mixed, pooled, rtol=1e-5, atol=1e-6 * float(pooled.abs().max()))
+        assert float((pooled - every.covariance(layer.name)).norm() / pooled.norm()) < 1e-5
+        assert rounds.token_count(layer.name, None) == sum(map(len, encoded))
+
+
+def test_dynamic_selection_takes_the_lowest_score_per_layer(model, rounds):
+    plan = make_plan(model, rounds, mode="kpm", rank=4, selection="dynamic", **UNIT)
+    for layer, spec in zip(plan.layers, rounds.layers, strict=True):
+        scores = []
+        for r in range(5):
+            C = rounds.covariance(layer.name, r)
+            spectrum = linalg.spectrum(weight_of(model, spec), Metric(C, 1.0, damping(C, 0.01)))
+            scores.append(candidate_score(compactness(C, layer.d_out, scale="unit").log_pi, spectrum))
+        assert layer.scores == pytest.approx(scores)
+        assert layer.chosen == scores.index(min(scores))
+    assert len({layer.chosen for layer in plan.layers}) > 1
+
+
+def test_the_order_of_rounds_does_not_matter(model, rounds):
+    from dataclasses import replace
+
+    from corda.context.capture import candidate
+
+    order = [3, 0, 4, 1, 2]
+    groups = set(rounds.groups.values())
+    swap = {candidate(g, new): candidate(g, old) for g in groups for new, old in enumerate(order)}
+    shuffled = replace(
+        rounds,
+        packed={new: rounds.packed[old] for new, old in swap.items()},
+        tokens={new: rounds.tokens[old] for new, old in swap.items()},
+    )
+    one = make_plan(model, rounds, rank=4, selection="dynamic", **UNIT)
+    two = make_plan(model, shuffled, rank=4, selection="dynamic", **UNIT)
+    assert [layer.chosen for layer in one.layers] == [order[layer.chosen] for layer in two.layers]
+    for name, (A, B) in one.factors.items():
+        assert torch.equal(A, two.factors[name][0])
+        assert torch.equal(B, two.factors[name][1])
+
+
+def test_a_planted_candidate_is_picked(model, rounds):
+    """Inputs with one strong direction over a low and even floor: a steep spectrum without tiny eigenvalues."""
+    from dataclasses import replace
+
+    from corda.context.accumulator import pack_upper
+
+    packed = dict(rounds.packed)
+    for group, members in rounds.members().items():
+        C = rounds.covariance(members[0].name, 0)
+        values, vectors = torch.linalg.eigh(C)
+        peaked = values.clone()
+        peaked[:-1] = values[-1] * 0.01
+        packed[f"{group}#2"] = pack_upper((vectors * peaked) @ vectors.T)
+    plan = make_plan(model, replace(rounds, packed=packed), rank=4, selection="dynamic", **UNIT)
+    assert {layer.chosen for layer in plan.layers} == {2}
+
+
+@pytest.mark.parametrize("selection", ["first", "pooled"])
+def test_static_selection(model, rounds, selection):
+    plan = make_plan(model, rounds, rank=4, selection=selection)
+    taken = 0 if selection == "first" else None
+    for layer in plan.layers[:5]:
+        assert layer.chosen == taken
+        C = rounds.covariance(layer.name, taken)
+        spec = next(s for s in rounds.layers if s.name == layer.name)
+        found = linalg.subspace(weight_of(model, spec), Metric(C, 1.0, damping(C, 0.01)), 4, "smallest")
+        A, _, _ = linalg.factors(weight_of(model, spec), found, scaling=1.0, balance="equal")
+        assert torch.equal(A, plan.factors[layer.name][0])
+
+
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_dynamic_ranks_stay_within_the_budget_and_use_it(model, rounds, mode):
+    plan = make_plan(model, rounds, mode=mode, rank=4, allocation="dynamic", rank_cap=12, **UNIT)
+    budget = sum(4 * (s.d_in + s.d_out) for s in rounds.layers)
+    dearest = max(s.d_in + s.d_out for s in rounds.layers)
+    assert budget - dearest < plan.trainable_parameters <= budget
+    ranks = {layer.rank for layer in plan.layers}
+    assert len(ranks) > 1
+    assert min(ranks) >= 1
+    assert max(ranks) <= 12
+    given = make_plan(model, rounds, mode=mode, budget=5000, allocation="dynamic", rank_floor=2, **UNIT)
+    assert 5000 - dearest < given.trainable_parameters <= 5000
+    assert min(layer.rank for layer in given.layers) >= 2
+
+
+def test_a_budget_in_parameters_without_allocation(model, rounds):
+    per_rank = sum(s.d_in + s.d_out for s in rounds.layers)
+    assert {layer.rank for layer in make_plan(model, rounds, budget=3 * per_rank + 5).layers} == {3}
+    with pytest.raises(PlanError, match="below rank 1"):
+        make_plan(model, rounds, budget=per_rank - 1)
+    with pytest.raises(PlanError, match="ranks cannot be allocated"):
+        make_plan(model, rounds, budget=per_rank, allocation="dynamic", rank_floor=2, **UNIT)
+
+
+def test_a_log_that_is_not_positive_names_the_setting(model, rounds):
+    from dataclasses import replace
+
+    large = replace(rounds, packed={key: 1e12 * packed for key, packed in rounds.packed.items()})
+    with pytest.raises(PlanError, match="compactness_scale: unit"):
+        make_plan(model, large, rank=4, allocation="dynamic")
+    same = [make_plan(model, c, rank=4, allocation="dynamic", **UNIT) for c in (rounds, large)]
+    assert [p.rank for p in same[0].layers] == [p.rank for p in same[1].layers]
+
+
+def test_each_switch_works_alone(model, rounds):
+    plain = make_plan(model, rounds, rank=4)
+    selected = make_plan(model, rounds, rank=4, selection="dynamic", **UNIT)
+    allocated = make_plan(model, rounds, rank=4, allocation="dynamic", **UNIT)
+    both = make_plan(model, rounds, rank=4, selection="dynamic", allocation="dynamic", **UNIT)
+    assert {layer.rank for layer in plain.layers} == {layer.rank for layer in selected.layers} == {4}
+    assert {layer.chosen for layer in allocated.layers} == {0}
+    assert {layer.chosen for layer in both.layers} != {0}
+    assert len({layer.rank for layer in both.layers}) > 1
+    with pytest.raises(RecipeError, match="needs covariances"):
+        make_plan(model, rounds.layers, mode="lora", allocation="dynamic")
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "lora_alpha": 6.0}, {"lora_alpha": 3.0}])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+def test_per_layer_ranks_survive_export_and_reload(model, pico, rounds, tmp_path, mode, settings):
+    reference = logits(model)
+    plan = make_plan(model, rounds, mode=mode, rank=4, allocation="dynamic", rank_cap=10, **UNIT, **settings)
+    wrapped = attach(model, plan)
+    assert torch.equal(logits(wrapped), reference)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == plan.trainable_parameters
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "a")).eval()
+    assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5
+
+
+def test_short_names_that_collide_get_their_own_rank():
+    """A tree as in vision-language models, where one tower's layer name is the end of another's."""
+    from corda.adapter import lora_config
+    from corda.plan.plan import LayerPlan, Plan
+    from corda.recipe import AdapterOptions
+
+    class Tree(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 5, bias=False)}) for _ in range(2)])
+            self.vision = nn.ModuleDict(
+                {"layers": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(6, 5, bias=False)}) for _ in range(2)])}
+            )
+
+    tree = Tree()
+    names = ["layers.0.q", "layers.1.q", "vision.layers.0.q", "vision.layers.1.q"]
+    ranks = [1, 2, 3, 4]
+    layers = tuple(LayerPlan(n, "linear", 5, 6, r) for n, r in zip(names, ranks, strict=True))
+    plan = Plan(AdapterOptions(mode="lora", rank=1), layers)
+    config = lora_config(tree, plan)
+    wrapped = PeftModel(tree, config)
+    for name, rank in zip(names, ranks, strict=True):
+        assert wrapped.base_model.model.get_submodule(name).r["default"] == rank
+    some = Plan(AdapterOptions(mode="lora", rank=1), layers[:1])
+    only = PeftModel(Tree(), lora_config(Tree(), some))
+    assert hasattr(only.base_model.model.get_submodule("layers.0.q"), "lora_A")
+    assert not hasattr(only.base_model.model.get_submodule("vision.layers.0.q"), "lora_A")
+
+
+def test_plan_and_rounds_survive_the_disk(model, rounds, tmp_path):
+    loaded = save(rounds, tmp_path / "context", "k", {})
+    plan = make_plan(model, loaded, rank=4, selection="dynamic", allocation="dynamic", **UNIT)
+    again = plans.load(plans.save(plan, tmp_path / "plan", "k", {}, {}))
+    assert again.layers == plan.layers
+    assert artifact.read(tmp_path / "plan", "plan")
