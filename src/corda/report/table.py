@@ -51,9 +51,12 @@ def plan_table(plan: dict[str, Any]) -> Table:
     """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
     table = Table(title=f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
     table.title_justify = "left"
-    table.add_column("layer", no_wrap=True)
-    for name in ("round", "log π", "scores", "rank", "share %", "energy adapted %"):
-        table.add_column(name, justify="right")
+    table.add_column("layer", overflow="fold")
+    table.add_column("round", justify="right", no_wrap=True)
+    table.add_column("log π", justify="right", no_wrap=True)
+    table.add_column("scores", justify="right")
+    for name in ("rank", "budget %", "energy %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in plan["layers"]:
         share = 100 * sum(layer["shape"]) * layer["rank"] / plan["trainable_parameters"]
         floor = " (damping)" if layer["floor_decided"] else ""
