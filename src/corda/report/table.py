@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,19 +50,23 @@ def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
+    names = [layer["name"].split(".") for layer in plan["layers"]]
+    shared = len(os.path.commonprefix([name[:-1] for name in names]))
     table = Table(title=f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
-    table.title_justify = "left"
-    table.add_column("layer", overflow="fold")
+    table.title_justify = table.caption_justify = "left"
+    if any(layer["floor_decided"] for layer in plan["layers"]):
+        table.caption = "* more than half of the smallest eigenvalue in π is damping: more tokens would help"
+    table.add_column(f"layer of {'.'.join(names[0][:shared]) or 'the model'}", overflow="fold")
     table.add_column("round", justify="right", no_wrap=True)
     table.add_column("log π", justify="right", no_wrap=True)
     table.add_column("scores", justify="right")
-    for name in ("rank", "budget %", "energy %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in plan["layers"]:
+    for column in ("rank", "budget %", "energy %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, layer in zip(names, plan["layers"], strict=True):
         share = 100 * sum(layer["shape"]) * layer["rank"] / plan["trainable_parameters"]
-        floor = " (damping)" if layer["floor_decided"] else ""
+        floor = "*" if layer["floor_decided"] else ""
         table.add_row(
-            layer["name"],
+            ".".join(name[shared:]),
             "all" if layer["chosen"] is None else str(layer["chosen"]),
             "–" if layer["log_pi"] is None else f"{layer['log_pi']:.2f}{floor}",
             " ".join(f"{score:.3g}" for score in layer["scores"]) or "–",
