@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from rich.table import Table
@@ -51,7 +51,7 @@ def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
 def plan_table(plan: dict[str, Any]) -> Table:
     """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
     names = [layer["name"].split(".") for layer in plan["layers"]]
-    shared = len(os.path.commonprefix([name[:-1] for name in names]))
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(n[:-1] for n in names), strict=False))))
     table = Table(title=f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
     table.title_justify = table.caption_justify = "left"
     if any(layer["floor_decided"] for layer in plan["layers"]):
