@@ -9,18 +9,24 @@ directions of large energy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from corda.metric import Metric
+from corda.metric import Metric, solve_cholesky
 
 # Beyond this condition of M its fp64 Gram matrix, whose condition is the square, loses the small end.
 GRAM_CONDITION_LIMIT = 1e6
 
+# Beyond this condition of M its small end is not in an M formed in fp32, of which about (1e-6 cond)² would be lost.
+FLOAT_CONDITION_LIMIT = 1e4
+
 # Takes an orthonormal block Q (n, k); returns the block Z (n, k) that joins the search space, Mᵀ Z (d, k), and S Q.
 Expand = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+# The directions of extreme ‖Mᵀ u‖ in the span of a space (n, w), given Mᵀ space (d, w), r and which end.
+Ritz = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -30,48 +36,49 @@ class Found:
     Attributes:
         U: (n, r) fp64, orthonormal.
         sigma: (r,) fp64 ascending, ‖Mᵀ u‖ of each.
-        change: Relative change of the captured energy in the last expansion; the excess left is smaller still.
+        excess: Estimated relative distance of the captured energy from the optimum.
         converged: Whether that met the tolerance.
         width: Vectors that S was applied to.
     """
 
     U: Tensor
     sigma: Tensor
-    change: float
+    excess: float
     converged: bool
     width: int
 
 
 def extreme(
     expand: Expand,
+    ritz: Ritz,
     n: int,
     rank: int,
     *,
-    smallest: bool,
     dtype: torch.dtype,
     device: torch.device,
-    tolerance: float = 1e-4,
+    tolerance: float = 5e-4,
     max_width: int | None = None,
     seed: int = 0,
 ) -> Found:
     """r left singular vectors of M at one end, from a growing block Krylov space.
 
-    Stops when the captured energy ‖Mᵀ U‖_F changes by less than `tolerance` in one expansion. (The residual of single
-    vectors would never settle where the cut goes through a cluster, though mixing there costs no energy.) Each
-    expansion divides the excess by some 10 to 30 on flat spectra, more on steep ones.
+    Each expansion divides the excess of the captured energy ‖Mᵀ U‖_F by some 5 to 30 on flat spectra, more on steep
+    ones, and by more every time. So what is left after a change c that was ρ times the change before is at most about
+    c ρ / (1 - ρ); the iteration stops when that is below `tolerance`. (The residual of single vectors would never
+    settle where the cut goes through a cluster, though mixing there costs no energy.)
 
     Args:
         expand: One application of S, see `Expand`.
+        ritz: Takes the wanted directions of a space, see `Ritz`.
         n: Rows of M.
         rank: r.
-        smallest: Which end.
         dtype: Of the basis; fp32 is enough at the large end.
         device: Of the basis.
-        tolerance: Relative change of the energy.
+        tolerance: Estimated relative excess.
         max_width: Widest space; default 6 r + 64, at most n.
         seed: Of the first block.
     """
-    block = min(n, rank // 3 + 8)
+    block = min(n, rank // 2 + 8)
     limit = min(n, max_width or 6 * rank + 64)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, block, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
@@ -79,21 +86,29 @@ def extreme(
     basis = fresh
     spaces: list[Tensor] = []
     images: list[Tensor] = []
-    energy = torch.inf
+    energies: list[float] = []
     while True:
         space, image, following = expand(fresh)
         spaces.append(space)
         images.append(image)
         width = basis.shape[1]
-        if width >= min(rank + block, n):
-            U, sigma = _ritz(torch.cat(spaces, dim=1), torch.cat(images, dim=1), rank, smallest)
-            now = float(sigma.norm())
-            change = abs(energy - now) / max(now, 1e-300)
-            if change <= tolerance or width >= limit:
-                return Found(U, sigma, change, change <= tolerance, width)
-            energy = now
+        if width >= min(rank + rank // 2, n):
+            U, sigma = ritz(torch.cat(spaces, dim=1), torch.cat(images, dim=1), rank)
+            energies.append(float(sigma.norm()))
+            excess = 0.0 if width >= n else _remaining(energies)
+            if excess <= tolerance or width >= limit:
+                return Found(torch.linalg.qr(U.double())[0], sigma, excess, excess <= tolerance, width)
         fresh = _orthonormal_against(basis, following[:, : n - width])
         basis = torch.cat([basis, fresh], dim=1)
+
+
+def _remaining(energies: list[float]) -> float:
+    """Estimated relative excess after the last of these energies."""
+    if len(energies) < 3:
+        return torch.inf
+    before, last = (abs(a - b) / max(b, 1e-300) for a, b in pairwise(energies[-3:]))
+    ratio = min(last / max(before, 1e-300), 0.9)
+    return last * ratio / (1 - ratio)
 
 
 def _orthonormal_against(basis: Tensor, new: Tensor) -> Tensor:
@@ -104,17 +119,21 @@ def _orthonormal_against(basis: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def _ritz(space: Tensor, image: Tensor, rank: int, smallest: bool) -> tuple[Tensor, Tensor]:
-    """The r directions of span(space) with extreme ‖Mᵀ u‖, image being Mᵀ space."""
+def _largest_of(basis: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Ritz for an orthonormal space; at this end the Gram matrix of the image loses nothing."""
+    image = image.double()
+    energy, V = torch.linalg.eigh(image.T @ image)
+    return basis @ V[:, -rank:].to(basis.dtype), energy[-rank:].clamp_min(0).sqrt()
+
+
+def _smallest_of(space: Tensor, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Ritz for any space; a Gram matrix would square the condition, so it goes through two QRs."""
     scale = space.norm(dim=0).clamp_min(torch.finfo(space.dtype).tiny)
-    Q, T = torch.linalg.qr((space / scale).double())
-    P = torch.linalg.solve_triangular(T, (image / scale).double(), upper=True, left=False)
-    # The Gram matrix would square the condition, so the small end goes through one more QR.
+    Q, T = torch.linalg.qr(space / scale)
+    P = torch.linalg.solve_triangular(T, image / scale, upper=True, left=False)
     R = torch.linalg.qr(P, mode="r")[1]
     _, sigma, Vh = torch.linalg.svd(R)
-    sigma, V = sigma.flip(0), Vh.T.flip(1)
-    chosen = slice(0, rank) if smallest else slice(len(sigma) - rank, len(sigma))
-    return Q @ V[:, chosen], sigma[chosen]
+    return Q @ Vh[-rank:].flip(0).T, sigma[-rank:].flip(0)
 
 
 def largest(W: Tensor, metric: Metric, rank: int) -> Found:
@@ -126,69 +145,94 @@ def largest(W: Tensor, metric: Metric, rank: int) -> Found:
     F = metric.factor32
 
     def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        P = W.T @ Q
-        P = P if F is None else F.T @ P
+        P = (Q.T @ W).T  # a row-major W is read twice as fast from this side
+        P = P if F is None else (P.T @ F).T
         return Q, P, W @ (P if F is None else F @ P)
 
-    return extreme(expand, W.shape[0], rank, smallest=False, dtype=torch.float32, device=W.device)
+    return extreme(expand, _largest_of, W.shape[0], rank, dtype=torch.float32, device=W.device)
 
 
-def smallest(R: Tensor, metric: Metric, rank: int) -> Found | None:
+def smallest(R: Tensor, metric: Metric, rank: int, *, triangular: bool = False) -> Found | None:
     """The r smallest components of R (C + λI)^a for R (n, d_in) fp64, n <= d_in; None where nothing can be solved.
 
     A square R (a square weight, or the triangle of a tall one) is factorised itself, so neither M = R (C + λI)^a nor
-    its Gram matrix is formed: S = R⁻ᵀ (C + λI)^{-2a} R⁻¹. A wide R goes through a Cholesky factor of M Mᵀ; its M is
-    fp32, but the energies that decide are taken with fp64 products. O(2n³/3), or O(n d² + n² d), and O(n d r) a step.
+    its Gram matrix is formed: S = R⁻ᵀ (C + λI)^{-2a} R⁻¹, and Mᵀ S Q = M⁻¹ Q is met half-way. A wide R goes through a
+    Cholesky factor of M Mᵀ. The energies that come out are compared with those of fp64 products in the end.
+    O(2n³/3), or O(n d² + n² d), and O(n d r) a step.
+
+    Args:
+        R: (n, d_in) fp64.
+        metric: (C + λI)^a.
+        rank: r.
+        triangular: R is upper triangular.
     """
-    solve = _inverse_of_square(R, metric) if R.shape[0] == R.shape[1] else _inverse_of_wide(R, metric)
-    if solve is None:
+    expand = _square(R, metric, triangular) if R.shape[0] == R.shape[1] else _wide(R, metric)
+    if expand is None:
+        return None
+    found = extreme(expand, _smallest_of, R.shape[0], rank, dtype=torch.float64, device=R.device)
+    if not bool(torch.isfinite(found.sigma).all()):
+        return None
+    F = metric.factor
+    P = found.U.T @ R
+    exact = float((P if F is None else P @ F).norm())
+    agrees = abs(exact - float(found.sigma.norm())) <= 1e-4 * exact
+    return found if agrees else replace(found, converged=False)
+
+
+def _square(R: Tensor, metric: Metric, triangular: bool) -> Expand | None:
+    if not metric.invertible:
+        return None
+    if triangular:
+        pivot = R.diagonal().abs()
+
+        def first(X: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(R, X, upper=True)
+
+        def last(X: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(R.T, X, upper=False)
+    else:
+        # Of Rᵀ, which is R in LAPACK's order of storage: no transposed copies, here or in the solves.
+        factors, pivots, failed = torch.linalg.lu_factor_ex(R.T)
+        if int(failed):
+            return None
+        pivot = factors.diagonal().abs()
+
+        def first(X: Tensor) -> Tensor:
+            return torch.linalg.lu_solve(factors, pivots, X, adjoint=True)
+
+        def last(X: Tensor) -> Tensor:
+            return torch.linalg.lu_solve(factors, pivots, X)
+
+    if bool(pivot.min() <= torch.finfo(R.dtype).eps * pivot.max()):
+        return None
+
+    def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image = metric.solve_half(first(Q))
+        Z = last(metric.solve_half(image, transposed=True))
+        return Z, image, Z
+
+    return expand
+
+
+def _wide(R: Tensor, metric: Metric) -> Expand | None:
+    for dtype, limit in ((torch.float32, FLOAT_CONDITION_LIMIT), (torch.float64, GRAM_CONDITION_LIMIT)):
+        M = metric.root(R.to(dtype)).double()
+        # Symmetric, and so transposed for free into LAPACK's order of storage.
+        factor, failed = torch.linalg.cholesky_ex(symmetric_product(M).T)
+        del M
+        # The diagonal of a Cholesky factor of M Mᵀ shows the condition of M.
+        if not int(failed) and float(factor.diagonal().max() / factor.diagonal().min()) <= limit:
+            break
+    else:
         return None
     F = metric.factor
 
     def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        Z = solve(Q)
-        P = R.T @ Z
-        return Z, P if F is None else F.T @ P, Z
+        Z = solve_cholesky(factor, Q)
+        P = (Z.T @ R).T
+        return Z, P if F is None else (P.T @ F).T, Z
 
-    found = extreme(expand, R.shape[0], rank, smallest=True, dtype=torch.float64, device=R.device)
-    return found if bool(torch.isfinite(found.sigma).all()) else None
-
-
-def _inverse_of_square(R: Tensor, metric: Metric) -> Callable[[Tensor], Tensor] | None:
-    if not metric.invertible:
-        return None
-    upper = not bool(R.tril(-1).any())
-    if upper:  # from a QR
-        small = R.diagonal().abs().min() <= torch.finfo(R.dtype).eps * R.diagonal().abs().max()
-        if bool(small):
-            return None
-
-        def solve(X: Tensor) -> Tensor:
-            Y: Tensor = metric.solve(torch.linalg.solve_triangular(R, X, upper=True))
-            out: Tensor = torch.linalg.solve_triangular(R.T, Y, upper=False)
-            return out
-
-        return solve
-    factors, pivots, failed = torch.linalg.lu_factor_ex(R)
-    diagonal = factors.diagonal().abs()
-    if int(failed) or bool(diagonal.min() <= torch.finfo(R.dtype).eps * diagonal.max()):
-        return None
-
-    def solve_by_lu(X: Tensor) -> Tensor:
-        Y: Tensor = metric.solve(torch.linalg.lu_solve(factors, pivots, X))
-        out: Tensor = torch.linalg.lu_solve(factors, pivots, Y, adjoint=True)
-        return out
-
-    return solve_by_lu
-
-
-def _inverse_of_wide(R: Tensor, metric: Metric) -> Callable[[Tensor], Tensor] | None:
-    M = metric.root(R.float()).double()
-    factor, failed = torch.linalg.cholesky_ex(symmetric_product(M))
-    # The diagonal of a Cholesky factor of the Gram matrix shows its condition, which is that of M squared.
-    if int(failed) or float(factor.diagonal().max() / factor.diagonal().min()) > GRAM_CONDITION_LIMIT:
-        return None
-    return lambda X: torch.cholesky_solve(X, factor)
+    return expand
 
 
 def symmetric_product(M: Tensor) -> Tensor:
