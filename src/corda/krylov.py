@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,10 +186,10 @@ def _square(R: Tensor, metric: Metric, triangular: bool) -> Expand | None:
     if triangular:
         pivot = R.diagonal().abs()
 
-        def first(X: Tensor) -> Tensor:
+        def first(X: Tensor) -> Any:
             return torch.linalg.solve_triangular(R, X, upper=True)
 
-        def last(X: Tensor) -> Tensor:
+        def last(X: Tensor) -> Any:
             return torch.linalg.solve_triangular(R.T, X, upper=False)
     else:
         # Of Rᵀ, which is R in LAPACK's order of storage: no transposed copies, here or in the solves.
@@ -197,10 +198,10 @@ def _square(R: Tensor, metric: Metric, triangular: bool) -> Expand | None:
             return None
         pivot = factors.diagonal().abs()
 
-        def first(X: Tensor) -> Tensor:
+        def first(X: Tensor) -> Any:
             return torch.linalg.lu_solve(factors, pivots, X, adjoint=True)
 
-        def last(X: Tensor) -> Tensor:
+        def last(X: Tensor) -> Any:
             return torch.linalg.lu_solve(factors, pivots, X)
 
     if bool(pivot.min() <= torch.finfo(R.dtype).eps * pivot.max()):
