@@ -19,7 +19,7 @@ RANKS = [
     {"data"},
     {"context"},
     {"plan"},
-    {"adapter"},
+    {"adapter", "compat"},
     {"training", "evaluation", "exporting"},
     {"report"},
     {"inputs"},

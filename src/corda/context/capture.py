@@ -66,18 +66,32 @@ class Capture:
         self.layers = {layer.name: layer for layer in layers}
         self.groups: dict[str, str] = {}
         self.accumulators: dict[str, Accumulator] = {}
-        self._counts: Tensor | None = None
+        self._counts: list[Tensor | None] = []  # of the batches that are open, innermost last
         self._last: Tensor | None = None  # a strong reference: the id of a freed tensor may return
         self._last_group = ""
 
     @contextmanager
-    def batch(self, counts: Tensor) -> Iterator[None]:
-        """Say which tokens count, (B, L) bool, for the forward passes inside."""
-        self._counts = counts
+    def batch(self, counts: Tensor | None) -> Iterator[None]:
+        """Say which tokens count, (B, L) bool or None for every input, for the forward passes inside."""
+        self.begin(counts)
         try:
             yield
         finally:
-            self._counts = self._last = None
+            self.end()
+
+    def begin(self, counts: Tensor | None) -> None:
+        """Open a batch, inside of the one that is open; `batch` where a `with` can be used."""
+        self._counts.append(counts)
+
+    def end(self) -> None:
+        """Close the innermost batch."""
+        self._counts.pop()
+        self._last = None
+
+    @property
+    def counts(self) -> Tensor | None:
+        """What counts in the innermost batch; None for every input."""
+        return self._counts[-1]
 
     def see(self, name: str, x: Tensor) -> None:
         """Take the input x of layer `name`, (..., d_in).
@@ -124,10 +138,12 @@ class Capture:
         return Captured(packed, {key: a.tokens for key, a in seen.items()}, dict(self.groups))
 
     def _counted(self, name: str, x: Tensor) -> Tensor:
-        counts = self._counts
-        if counts is None:
+        if not self._counts:
             raise CalibrationError("a forward pass outside of a batch", where=name)
+        counts = self.counts
         flat = x.detach().reshape(-1, x.shape[-1])
+        if counts is None:
+            return flat
         if flat.shape[0] != counts.numel():
             raise CalibrationError(
                 "cannot tell which of a layer's inputs are tokens",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
+from corda.context.masks import followed
 from corda.context.store import Context
 from corda.context.stream import streamed
 from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
@@ -160,6 +161,33 @@ def collect_batches(
 ) -> Context:
     """`collect` for batches made by the caller, through the whole decoder body at once."""
     return _finish([_whole(model, _body(model, layers), parts, layers, 0)], layers, skip_unseen, [], 1)
+
+
+def collect_running(model: nn.Module, run: Callable[[], object], layers: Sequence[LayerSpec]) -> Context:
+    """`collect` for data that only the caller knows how to put through the model.
+
+    Tokens are what the 2-D attention_mask of each forward pass says, or every input where there is none.
+
+    Args:
+        model: Any module that has the layers; left as it was, whatever happens.
+        run: Runs it on the calibration data, in any number of forward passes.
+        layers: Target layers.
+
+    Raises:
+        CalibrationError: a layer saw no token, activations are not finite, or a padded batch whose tokens cannot be
+            told from pads.
+    """
+    capture = Capture(layers)
+    with hooked(model, capture), followed(model, capture), capture.batch(None):
+        run()
+    capture.check_finite()
+    if not capture.groups:
+        raise CalibrationError(
+            "no target layer was run",
+            where="the callback that runs the model",
+            fix="run the very model that is hooked, on at least one batch",
+        )
+    return _finish([capture.captured()], layers, False, [], 1)
 
 
 def _whole(

@@ -33,6 +33,7 @@ def make_plan(
     options: AdapterOptions | None = None,
     *,
     selection: Selection = "first",
+    ranks: Mapping[str, int] | None = None,
     journal: Journal | None = None,
     weights: Callable[[str], Tensor] | None = None,
     device: torch.device | None = None,
@@ -46,6 +47,7 @@ def make_plan(
         context: Covariances, or the bare layers for mode "lora".
         options: Adapter options.
         selection: Which of a context's candidates a layer takes: the first, all pooled, or the one of lowest score.
+        ranks: Rank of every layer by name, instead of one for all; only with uniform allocation.
         journal: Where finished layers are kept, so that an interrupted decomposition continues.
         weights: For a model without weights: gives a parameter by its full name.
         device: To compute on; default: that of the model.
@@ -60,8 +62,13 @@ def make_plan(
         raise PlanError("give adapter options or settings by name, not both", got=", ".join(settings))
     options = options or parse_adapter(settings)
     specs = context.layers if isinstance(context, Context) else tuple(context)
-    rank = uniform_rank(specs, options)
-    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, rank, s.name) for s in specs}
+    if ranks is None:
+        ranks = dict.fromkeys((s.name for s in specs), uniform_rank(specs, options))
+    elif options.allocation != "uniform":
+        raise PlanError("ranks by layer and dynamic allocation exclude each other", where="ranks")
+    else:
+        check_ranks(specs, ranks)
+    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, ranks[s.name], s.name) for s in specs}
     if options.mode == "lora":
         return Plan(options, tuple(blank.values()))
     if not isinstance(context, Context):
@@ -81,8 +88,8 @@ def make_plan(
                 for group, members in progress(groups.items(), "survey", len(groups))
                 for layer, spectrum in work.survey(group, members)
             }
-            ranks = _ranks(surveyed, options, rank)
-            blank = {name: replace(layer, rank=ranks[name]) for name, (layer, _) in surveyed.items()}
+            allocated = _ranks(surveyed, options, ranks)
+            blank = {name: replace(layer, rank=allocated[name]) for name, (layer, _) in surveyed.items()}
         else:
             taken = None if selection == "pooled" else 0
             blank = {name: replace(layer, chosen=taken) for name, layer in blank.items()}
@@ -120,15 +127,17 @@ def uniform_rank(specs: Sequence[LayerSpec], options: AdapterOptions) -> int:
             fix="raise it, or adapt fewer layers",
         )
     if options.allocation == "uniform":
-        check_ranks(specs, rank)
+        check_ranks(specs, dict.fromkeys((spec.name for spec in specs), rank))
     return rank
 
 
-def _ranks(surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOptions, rank: int) -> dict[str, int]:
+def _ranks(
+    surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOptions, uniform: Mapping[str, int]
+) -> Mapping[str, int]:
     """Ranks by the options' allocation under their budget."""
     layers = [layer for layer, _ in surveyed.values()]
     if options.allocation == "uniform":
-        return {layer.name: rank for layer in layers}
+        return uniform
     budget = options.budget or sum((layer.d_in + layer.d_out) * options.rank for layer in layers)
     candidates = [Candidate(s, layer.log_pi or 0.0, layer.d_in + layer.d_out) for layer, s in surveyed.values()]
     try:

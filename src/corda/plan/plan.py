@@ -123,20 +123,20 @@ def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
     return LayerPlan(**(fields | {"scores": tuple(raw["scores"])}))
 
 
-def check_ranks(layers: Sequence[LayerSpec], rank: int) -> None:
-    """Refuse a rank that some layer does not allow.
+def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
+    """Refuse ranks that some layer does not allow.
 
     Raises:
-        PlanError: names the narrowest layer and the largest rank for all.
+        PlanError: names the layer that is furthest off and its largest rank.
     """
-    narrow = min(layers, key=lambda layer: layer.max_rank)
-    if rank > narrow.max_rank:
+    narrow = min(layers, key=lambda layer: layer.max_rank - ranks[layer.name])
+    if ranks[narrow.name] > narrow.max_rank:
         raise PlanError(
             "the rank is larger than a layer allows",
             where=f"{narrow.name} ({narrow.d_out}x{narrow.d_in})",
-            got=rank,
+            got=ranks[narrow.name],
             expected=f"at most {narrow.max_rank}",
-            fix="lower adapter.rank or leave the layer out of target_modules",
+            fix="lower the rank or leave the layer out of target_modules",
         )
 
 
