@@ -516,7 +516,9 @@ def test_a_failed_pass_that_the_callback_survives_leaves_no_mask_behind(model, i
             model(input_ids=batch, attention_mask=mask, position_ids=positions)
         model(ids)
 
-    preprocess_corda(model, llama_config(corda={"covariance_file": tmp_path / "c"}), run_model=run)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="module forward hook")  # what torch says of an exception in a hook
+        preprocess_corda(model, llama_config(corda={"covariance_file": tmp_path / "c"}), run_model=run)
     context = store.load(read(tmp_path / "c", "context"))
     assert context.tokens["model.layers.1.mlp.down_proj"] == ids.numel()
 
