@@ -260,6 +260,23 @@ def test_eigens_are_what_peft_documents(x, method):
     assert torch.equal(sigma, sigma.sort(descending=True).values)  # PEFT's order
 
 
+@METHODS
+@pytest.mark.parametrize("settings", [{}, {"lora_alpha": 20, "use_rslora": True}])
+def test_the_effect_is_pefts_where_peft_is_right(x, method, settings):
+    """One forward pass, many tokens, a well-conditioned covariance: B A and W - B A are PEFT's own."""
+    pytest.importorskip("attr")  # PEFT's function needs it and does not declare it
+    from peft.tuners.lora.corda import preprocess_corda as theirs
+
+    found = []
+    for prepare in (theirs, preprocess_corda):
+        model = Small()
+        prepare(model, config(method, **settings), run_model=lambda model=model: model(x))
+        layer = get_peft_model(model, config(method, **settings)).base_model.model.linear
+        found.append((product(layer), layer.base_layer.weight))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() / b.norm() < 2e-3
+
+
 def test_conv1d(ids):
     from transformers import GPT2Config, GPT2LMHeadModel
 
