@@ -11,6 +11,7 @@ from corda.data import sources
 from corda.data.batches import load_records
 from corda.data.formats import Record, render
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
+from corda.plan.byhand import by_hand, check_ranks_by_hand
 from corda.plan.make import uniform_rank
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
@@ -109,7 +110,9 @@ class Inputs:
             CordaError: whatever is wrong with model, data, targets or rank.
         """
         targets = self.targets
+        check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
         rank = uniform_rank(targets, self.recipe.adapter)
+        ranks = {t.name: by_hand(self.recipe.adapter, t.name).rank or rank for t in targets}
         used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
         if self.context_records:
             used["the calibration data"] = self.context_records
@@ -119,11 +122,16 @@ class Inputs:
         for records in used.values():
             for record in records[:100]:
                 render(record, self.tokenizer, self.recipe.data.template)
+        allocated = self.recipe.adapter.allocation == "dynamic" and any(
+            by_hand(self.recipe.adapter, t.name).rank is None for t in targets
+        )
+        later = {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
         return {
             "layers": len(targets),
-            "trainable_parameters": sum((t.d_in + t.d_out) * rank for t in targets),
+            "trainable_parameters": sum((t.d_in + t.d_out) * ranks[t.name] for t in targets),
             "calibration_records": len(self.context_records),
             "training_records": len(self.learn_records),
             "tasks": {task.name: len(task.records) for task in self.tasks},
             "output_dir": str(self.recipe.output_dir),
+            **later,
         }

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corda.errors import RecipeError
+from corda.ranks import Ranks
 
 Mode = Literal["kpm", "ipm", "lora"]
 Balance = Literal["equal", "sigma"]
@@ -110,6 +111,9 @@ class AdapterOptions(_Strict):
     allocation: Allocation = Field("uniform", description="uniform: rank in every layer; dynamic: by CorDA++ scores")
     rank_floor: PositiveInt = Field(1, description="smallest rank of a layer, for dynamic allocation")
     rank_cap: PositiveInt | None = Field(None, description="largest rank of a layer, for dynamic allocation")
+    ranks: Ranks = Field(
+        default_factory=dict, description="by hand: a file or mapping layer: rank; layers not named keep what they get"
+    )
     overshoot: bool = Field(False, description="take the step that passes the budget too, as the paper does")
     compactness_scale: Scale = Field("token", description="C inside π: token: as it is; unit: over its mean diagonal")
     compactness_damp: float = Field(0.01, ge=0, description="damping of C inside π, in units of its mean diagonal")

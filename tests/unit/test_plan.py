@@ -139,18 +139,6 @@ def test_a_budget_in_parameters_without_allocation(model, rounds):
         make_plan(model, rounds, budget=per_rank, allocation="dynamic", rank_floor=2, **UNIT)
 
 
-@pytest.mark.parametrize("selection", ["first", "dynamic"])
-def test_ranks_by_layer_are_taken_as_they_are(model, rounds, selection):
-    ranks = {layer.name: 1 + i for i, layer in enumerate(rounds.layers)}
-    plan = make_plan(model, rounds, selection=selection, ranks=ranks, rank=40, **UNIT)
-    assert {layer.name: layer.rank for layer in plan.layers} == ranks
-    assert all(plan.factors[name][0].shape[0] == rank for name, rank in ranks.items())
-    with pytest.raises(PlanError, match=r"larger than a layer allows.*k_proj \(24x48\).*at most 24"):
-        make_plan(model, rounds, ranks=ranks | {"model.layers.1.self_attn.k_proj": 25})
-    with pytest.raises(PlanError, match="ranks by layer and dynamic allocation exclude each other"):
-        make_plan(model, rounds, ranks=ranks, allocation="dynamic")
-
-
 def test_a_log_that_is_not_positive_names_the_setting(model, rounds):
     from dataclasses import replace
 

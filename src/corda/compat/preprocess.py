@@ -25,9 +25,11 @@ from corda.context.collect import collect_running
 from corda.context.store import Context
 from corda.errors import CalibrationError, RecipeError, TargetError
 from corda.plan import plan as planning
+from corda.plan.byhand import CHANGED
 from corda.plan.make import make_plan
 from corda.plan.plan import Plan, check_ranks
 from corda.progress import shown, silent
+from corda.ranks import LayerRank
 from corda.recipe import AdapterOptions
 from corda.targets import LayerSpec, adaptable_layers
 
@@ -90,7 +92,8 @@ def preprocess_corda(
     else:
         cache.prepare(4 * sum(ranks[layer.name] * (layer.d_in + layer.d_out) for layer in layers))
         context = _context(model, layers, covariances, run_model, hooked_model)
-        plan = make_plan(model, context, options, ranks=ranks, progress=shown if settings.verbose else silent)
+        by_layer = options.model_copy(update={"ranks": {name: LayerRank(rank=r) for name, r in ranks.items()}})
+        plan = make_plan(model, context, by_layer, progress=shown if settings.verbose else silent)
         if cache.folder is not None:
             parents = {"context": covariances.fingerprint}
             planning.save(plan, cache.folder, cache.fingerprint, parents, {"made_for": cache.made_for})
@@ -153,7 +156,7 @@ def _context(
 
 def _notes(model: nn.Module, layers: Sequence[LayerSpec], config: LoraConfig, plan: Plan) -> list[str]:
     """What a user should know of this call."""
-    notes = [*plan.warnings, _RESIDUAL]
+    notes = [*(text for text in plan.warnings if not text.startswith(CHANGED)), _RESIDUAL]
     if any(_weight(model, layer).dtype != torch.float32 for layer in layers):
         notes.append("W - BA is rounded to 16 bits: the start differs from the base by a few roundings")
     if config.lora_dropout > 0:

@@ -17,6 +17,7 @@ from corda.errors import PlanError
 from corda.journal import Journal
 from corda.metric import Metric, damping, full_precision
 from corda.plan.allocation import Candidate, allocate
+from corda.plan.byhand import by_hand, check_ranks_by_hand, round_by_hand, with_ranks_by_hand
 from corda.plan.compactness import Compactness, compactness, from_spectrum
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
@@ -33,7 +34,6 @@ def make_plan(
     options: AdapterOptions | None = None,
     *,
     selection: Selection = "first",
-    ranks: Mapping[str, int] | None = None,
     journal: Journal | None = None,
     weights: Callable[[str], Tensor] | None = None,
     device: torch.device | None = None,
@@ -47,7 +47,6 @@ def make_plan(
         context: Covariances, or the bare layers for mode "lora".
         options: Adapter options.
         selection: Which of a context's candidates a layer takes: the first, all pooled, or the one of lowest score.
-        ranks: Rank of every layer by name, instead of one for all; only with uniform allocation.
         journal: Where finished layers are kept, so that an interrupted decomposition continues.
         weights: For a model without weights: gives a parameter by its full name.
         device: To compute on; default: that of the model.
@@ -55,22 +54,19 @@ def make_plan(
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
     Raises:
-        PlanError: a rank or budget that the layers do not allow, log π that is not positive, or a mode that needs a
-            context and has none.
+        PlanError: a rank (also one set by hand) or budget that the layers do not allow, log π that is not positive,
+            or a mode that needs a context and has none.
     """
     if options is not None and settings:
         raise PlanError("give adapter options or settings by name, not both", got=", ".join(settings))
     options = options or parse_adapter(settings)
     specs = context.layers if isinstance(context, Context) else tuple(context)
-    if ranks is None:
-        ranks = dict.fromkeys((s.name for s in specs), uniform_rank(specs, options))
-    elif options.allocation != "uniform":
-        raise PlanError("ranks by layer and dynamic allocation exclude each other", where="ranks")
-    else:
-        check_ranks(specs, ranks)
-    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, ranks[s.name], s.name) for s in specs}
+    check_ranks_by_hand(specs, options, context.rounds if isinstance(context, Context) else 1)
+    rank = uniform_rank(specs, options)
+    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, rank, s.name) for s in specs}
     if options.mode == "lora":
-        return Plan(options, tuple(blank.values()))
+        blank, changed = with_ranks_by_hand(blank, options)
+        return Plan(options, tuple(blank.values()), warnings=(changed,) if changed else ())
     if not isinstance(context, Context):
         raise PlanError("a mode that needs covariances got none", where=f"mode {options.mode}", fix="collect first")
     device = device or next(model.parameters()).device
@@ -88,11 +84,13 @@ def make_plan(
                 for group, members in progress(groups.items(), "survey", len(groups))
                 for layer, spectrum in work.survey(group, members)
             }
-            allocated = _ranks(surveyed, options, ranks)
-            blank = {name: replace(layer, rank=allocated[name]) for name, (layer, _) in surveyed.items()}
+            ranks = _ranks(surveyed, options, rank)
+            blank = {name: replace(layer, rank=ranks[name]) for name, (layer, _) in surveyed.items()}
         else:
             taken = None if selection == "pooled" else 0
             blank = {name: replace(layer, chosen=taken) for name, layer in blank.items()}
+        blank = {spec.name: work.with_round_by_hand(spec, blank[spec.name]) for spec in specs}
+        blank, changed = with_ranks_by_hand(blank, options)
         parts = {
             part.layer.name: part
             for group, members in progress(groups.items(), "decompose", len(groups))
@@ -100,7 +98,8 @@ def make_plan(
         }
     ordered = [parts[spec.name] for spec in specs]
     dead = sum(part.layer.dead for part in ordered)
-    notes = [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
+    notes = [changed] if changed else []
+    notes += [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
     return Plan(
         options,
         tuple(part.layer for part in ordered),
@@ -127,17 +126,16 @@ def uniform_rank(specs: Sequence[LayerSpec], options: AdapterOptions) -> int:
             fix="raise it, or adapt fewer layers",
         )
     if options.allocation == "uniform":
-        check_ranks(specs, dict.fromkeys((spec.name for spec in specs), rank))
+        same = [spec for spec in specs if by_hand(options, spec.name).rank is None]
+        check_ranks(same, dict.fromkeys((spec.name for spec in same), rank))
     return rank
 
 
-def _ranks(
-    surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOptions, uniform: Mapping[str, int]
-) -> Mapping[str, int]:
+def _ranks(surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOptions, rank: int) -> dict[str, int]:
     """Ranks by the options' allocation under their budget."""
     layers = [layer for layer, _ in surveyed.values()]
     if options.allocation == "uniform":
-        return uniform
+        return {layer.name: rank for layer in layers}
     budget = options.budget or sum((layer.d_in + layer.d_out) * options.rank for layer in layers)
     candidates = [Candidate(s, layer.log_pi or 0.0, layer.d_in + layer.d_out) for layer, s in surveyed.values()]
     try:
@@ -211,6 +209,18 @@ class _Work:
                 key, {layer.name: s for layer, s in found}, {"layers": [asdict(layer) for layer, _ in found]}
             )
         return found
+
+    def with_round_by_hand(self, spec: LayerSpec, layer: LayerPlan) -> LayerPlan:
+        """The layer with the round set by hand, if one is, and that round's π where the layers were surveyed."""
+        chosen = round_by_hand(self.options, layer.name, layer.chosen)
+        if chosen == layer.chosen:
+            return layer
+        layer = replace(layer, chosen=chosen, edited=True)
+        if layer.log_pi is None:
+            return layer
+        metric = self.metric(spec.name, chosen)
+        pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric))
+        return replace(layer, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
 
     def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[_Part]:
         """Vectors for the chosen candidates and ranks; layers with one candidate share its metric."""

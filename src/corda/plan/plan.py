@@ -41,7 +41,9 @@ class LayerPlan:
         chosen: The calibration round whose covariance was taken; None for all of them pooled.
         log_pi: log π of that covariance; None where nothing depended on it.
         floor_decided: More than half of its smallest eigenvalue inside π is damping.
-        scores: Score of every candidate, the lowest of which was taken; empty without dynamic selection.
+        scores: Score of every candidate, the lowest of which was taken unless a round was set by hand; empty without
+            dynamic selection.
+        edited: `adapter.ranks` gave it another rank or round than selection and allocation.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerPlan:
     log_pi: float | None = None
     floor_decided: bool = False
     scores: tuple[float, ...] = ()
+    edited: bool = False
 
     @property
     def parameters(self) -> int:
@@ -129,8 +132,8 @@ def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
     Raises:
         PlanError: names the layer that is furthest off and its largest rank.
     """
-    narrow = min(layers, key=lambda layer: layer.max_rank - ranks[layer.name])
-    if ranks[narrow.name] > narrow.max_rank:
+    narrow = min(layers, key=lambda layer: layer.max_rank - ranks[layer.name], default=None)
+    if narrow is not None and ranks[narrow.name] > narrow.max_rank:
         raise PlanError(
             "the rank is larger than a layer allows",
             where=f"{narrow.name} ({narrow.d_out}x{narrow.d_in})",

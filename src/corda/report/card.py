@@ -27,14 +27,17 @@ def model_card(recipe: Recipe, plan: Plan, source: Source) -> str:
         {"base_model": name, "library_name": "peft", "tags": ["lora", "corda", plan.mode]}, sort_keys=True
     )
     learn, keep = recipe.data.learn, recipe.data.keep
+    settings = recipe.adapter.model_dump(mode="json", exclude={"ranks"})
+    edited = sum(layer.edited for layer in plan.layers)
     lines = [
         f"---\n{header}---",
         f"# {method_name(plan.mode)} adapter for {name}",
         f"- Base model: {name}" + (f" ({source.note})" if source.note else ""),
         f"- Task data: {learn.dataset if learn else 'none'}",
         f"- Knowledge to keep: {keep.dataset if keep else 'none'}",
-        f"- Trained parameters: {plan.trainable_parameters:,} in {len(plan.layers)} layers",
-        f"- Settings: {yaml.safe_dump(recipe.adapter.model_dump(mode='json'), default_flow_style=True).strip()}",
+        f"- Trained parameters: {plan.trainable_parameters:,} in {len(plan.layers)} layers"
+        + (f", {edited} of them edited by hand" if edited else ""),
+        f"- Settings: {yaml.safe_dump(settings, default_flow_style=True).strip()}",
         "\nIt is a plain LoRA on the unchanged base model:\n",
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n",
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "this/folder")\n```',
