@@ -25,6 +25,10 @@ from corda.errors import ArtifactError, ResourceError
 SCHEMA = 1
 TEMPORARY = ".corda."
 MANIFEST = "manifest.json"
+_SPARE = 1 << 20  # bytes of disk left alone
+_BY_HAND = {  # what a person who edited an artifact's file may have been after
+    "plan": "to edit a plan, change what `corda plan RECIPE --save-ranks FILE` writes and set adapter.ranks: FILE",
+}
 _PACKAGES = ("corda-adapt", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "numpy")
 
 
@@ -133,8 +137,8 @@ def _refuse_foreign(folder: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def need_disk(folder: Path, size: int) -> None:
-    """Refuse early when a write of `size` bytes cannot fit.
+def need_disk(folder: Path, size: int, otherwise: str = "") -> None:
+    """Refuse early when a write of `size` bytes cannot fit; `otherwise` is one more way out, for the message.
 
     Raises:
         ResourceError: with the free and the needed space.
@@ -143,13 +147,13 @@ def need_disk(folder: Path, size: int) -> None:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    if free < size * 1.05 + (1 << 20):
+    if free < size * 1.05 + _SPARE:
         raise ResourceError(
             "not enough disk space",
             where=str(folder),
             got=f"{free / 1e9:.2f} GB free",
             expected=f"about {size / 1e9:.2f} GB",
-            fix="free some space or set output_dir to another disk",
+            fix="free some space or set output_dir to another disk" + (f", or {otherwise}" if otherwise else ""),
         )
 
 
@@ -231,9 +235,9 @@ def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
         for name, facts in manifest["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                raise _corrupt(folder, name, "is missing or of another size")
+                raise _corrupt(folder, name, "is missing or of another size", _BY_HAND.get(kind))
             if file_hash(path) != facts["sha256"]:
-                raise _corrupt(folder, name, "was changed after it was written")
+                raise _corrupt(folder, name, "was changed after it was written", _BY_HAND.get(kind))
     return Artifact(folder, kind, manifest["fingerprint"], manifest)
 
 
@@ -294,10 +298,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _corrupt(folder: Path, name: str, what: str) -> ArtifactError:
-    return ArtifactError(
-        f"a corrupted artifact: {name} {what}", where=str(folder), fix=f"remove {folder.name} and run the stage again"
-    )
+def _corrupt(folder: Path, name: str, what: str, otherwise: str | None = None) -> ArtifactError:
+    fix = f"remove {folder.name} and run the stage again"
+    fix += f"; {otherwise}" if otherwise else ""
+    return ArtifactError(f"a corrupted artifact: {name} {what}", where=str(folder), fix=fix)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from corda import __version__
-from corda.errors import CordaError
+from corda.errors import ArtifactError, CordaError
 from corda.progress import shown
 from corda.recipe import Recipe, load_recipe
 
@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
+_inspect = typer.Typer(no_args_is_help=True, help="Look into a run's plan or context, or into a LoRA adapter.")
+app.add_typer(_inspect, name="inspect")
 _errors = Console(stderr=True, soft_wrap=True, highlight=False)
 _debug = False
 _INTERRUPTED = 130
@@ -33,6 +35,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file", metavar=
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override, e.g. --set adapter.rank=32", metavar="KEY=VALUE")
 ]
+RunOrRecipe = Annotated[Path, typer.Argument(help="The folder of a run, or its recipe", metavar="RUN|RECIPE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON only")]
 
 
@@ -105,27 +108,49 @@ def collect(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False)
         if context is None:
             _print({"context": None, "why": "mode lora needs none"}, as_json)
             return
+        from corda import artifact, inspecting
+        from corda.report.table import kept_sentence
+
+        folder = stages.folder / "context"
+        kept = inspecting.kept(artifact.read(folder, "context", verify=False))
         summary = {
             "layers": len(context.layers),
-            "distinct_inputs": len(context.tokens),
+            "distinct_inputs": len(context.members()),
             "tokens": max(context.tokens.values()),
             "warnings": list(context.warnings),
-            "folder": str(stages.folder / "context"),
+            "kept": kept if as_json else kept_sentence(kept),
+            "folder": str(folder),
         }
         _print(summary, as_json)
 
 
 @app.command()
-def plan(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    save_ranks: Annotated[
+        Path | None, typer.Option("--save-ranks", help="Write the ranks as YAML to edit, for adapter.ranks")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Decompose the layers: ranks, spectra and initial factors."""
+    if save_ranks is not None and save_ranks.exists():
+        raise ArtifactError("the file of ranks exists already", where=str(save_ranks), fix="name another file")
+    from corda import artifact
+
     with _opened(recipe, set_) as stages:
-        made = stages.plan().as_json()
+        done = stages.plan()
+        made = done.as_json()
+        if save_ranks is not None:
+            from corda.plan.byhand import ranks_file
+
+            artifact.make_folder(save_ranks.parent)
+            save_ranks.write_text(ranks_file(done, stages.recipe.context.rounds), encoding="utf-8")
         if not as_json:
             from corda.report.table import plan_table
 
             Console().print(plan_table(made))
-            for warning in made["warnings"]:
-                typer.echo(f"Warning: {warning}")
+            _warn(made["warnings"])
             return
         _print(made, as_json)
 
@@ -181,6 +206,63 @@ def report(
     _print({"page": str(page)}, as_json)
 
 
+@_inspect.command("plan")
+def inspect_plan(
+    run: RunOrRecipe,
+    set_: Overrides = None,
+    html: Annotated[bool, typer.Option("--html", help="Write a page, plan.html in the run's folder")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page to this file")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw ranks, compactness and the candidates' scores of all layers."""
+    from corda import artifact
+    from corda.report.heatmap import plan_overview
+    from corda.report.layers import write_plan_page
+
+    folder = _folder(run, set_)
+    found = artifact.read(folder / "plan", "plan")
+    made = artifact.read_json(found.path("plan.json"))
+    if html or output:
+        page = output or folder / "plan.html"
+        write_plan_page(found.folder, made, page)
+        _print({"page": str(page)}, as_json)
+    elif as_json:
+        _print(made, True)
+    else:
+        Console().print(plan_overview(made))
+        _warn(made["warnings"])
+
+
+@_inspect.command("context")
+def inspect_context(run: RunOrRecipe, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what each distinct input's covariance was collected from, its size and its effective rank."""
+    from corda.inspecting import context_facts
+    from corda.report.table import context_table
+
+    facts = context_facts(_folder(run, set_) / "context", shown)
+    if as_json:
+        _print(facts, True)
+        return
+    Console().print(context_table(facts))
+    _warn(facts["warnings"])
+
+
+@_inspect.command("adapter")
+def inspect_adapter(
+    folder: Annotated[Path, typer.Argument(help="A folder with adapter_config.json", metavar="FOLDER")],
+    as_json: AsJson = False,
+) -> None:
+    """Show layers, ranks, scaling and norms of any LoRA adapter in PEFT's format."""
+    from corda.inspecting import adapter_facts
+    from corda.report.table import adapter_table
+
+    facts = adapter_facts(folder)
+    if as_json:
+        _print(facts, True)
+        return
+    Console().print(adapter_table(facts))
+
+
 @app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
@@ -200,6 +282,11 @@ def demo(
 
 def _load(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides or [])
+
+
+def _folder(run: Path, overrides: list[str] | None) -> Path:
+    """The output folder of a recipe, or a run's folder itself."""
+    return _load(run, overrides).output_dir if run.is_file() else run
 
 
 def _check(recipe: Recipe) -> dict[str, Any]:
@@ -231,6 +318,11 @@ def _print(value: dict[str, Any], as_json: bool) -> None:
     for key, item in value.items():
         text = json.dumps(item, ensure_ascii=False) if isinstance(item, dict | list) else str(item)
         typer.echo(f"{key}: {text}")
+
+
+def _warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"Warning: {warning}")
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ class Journal:
 
     A part counts once its facts are there, which are written last and hold the tensors' hash; a part that was cut off
     or changed is done again. Parts of another fingerprint are removed.
+
+    Attributes:
+        folder: Where the parts are.
+        seconds: Time that this process has spent on writing them.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder
+        self.seconds = 0.0
         owner = folder / "journal.json"
         known = artifact.read_json(owner) if owner.is_file() else None
         if known != {"fingerprint": fingerprint}:
@@ -53,6 +59,7 @@ class Journal:
         Raises:
             ResourceError: not enough space.
         """
+        started = time.perf_counter()
         artifact.need_disk(self.folder, sum(t.numel() * t.element_size() for t in tensors.values()))
         temporary = self.folder / f".{key}.{os.getpid()}"
         save_file(dict(tensors), temporary)
@@ -61,6 +68,7 @@ class Journal:
         temporary.replace(self.path(key))
         noted = {"sha256": artifact.file_hash(self.path(key)), "facts": dict(facts)}
         artifact.write_json(self.folder / f"{key}.json", noted)
+        self.seconds += time.perf_counter() - started
 
     def remove(self) -> None:
         """Drop what is left, the stage being finished."""

@@ -130,7 +130,10 @@ class Stages:
                     device=models.pick_device(r.model.device),
                     progress=self.progress,
                 )
-            store.save(context, self.folder / "context", self.inputs.fingerprints["context"], self._costs("collect"))
+            tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
+            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}}
+            key = self.inputs.fingerprints["context"]
+            store.save(context, self.folder / "context", key, extra | self._costs("collect"), journal.seconds)
             journal.remove()
             found = artifact.read(self.folder / "context", "context", verify=False)
         self._context = store.load(found)

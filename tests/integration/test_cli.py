@@ -35,6 +35,8 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     code, out, _ = corda("collect", path, "--json")
     assert code == 0
     assert json.loads(out)["distinct_inputs"] == 8
+    assert json.loads(out)["kept"]["bytes"] > 8 * 48 * 48 * 2
+    assert json.loads(out)["kept"]["collect_again_tokens"] > 100
     code, out, _ = corda("plan", path, "--json")
     assert json.loads(out)["trainable_parameters"] == checked["trainable_parameters"]
     code, out, _ = corda("plan", path)
@@ -58,6 +60,73 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     assert (tmp_path / "page.html").is_file()
 
 
+def test_a_plan_is_looked_at_edited_by_hand_and_used(corda, raw_recipe, write_recipe, pico, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    raw_recipe["context"] = {"samples": 6, "rounds": 3, "selection": "dynamic"}
+    raw_recipe["adapter"] |= {"allocation": "dynamic", "compactness_scale": "unit"}
+    path, run, ranks = write_recipe(raw_recipe), tmp_path / "run", tmp_path / "kept" / "ranks.yaml"
+    code, _, err = corda("inspect", "plan", run)
+    assert code == 2
+    assert "there is no plan here" in err
+    code, out, _ = corda("plan", path, "--save-ranks", ranks, "--json")
+    assert code == 0
+    made = {layer["name"]: layer for layer in json.loads(out)["layers"]}
+    for where in (path, run):
+        code, out, _ = corda("inspect", "plan", where)
+        assert code == 0
+        assert "Rank, module type by block" in out
+        assert "Scores of the candidates" in out
+        assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = corda("inspect", "plan", run, "--json")
+    assert json.loads(out)["layers"] == list(made.values())
+    code, out, _ = corda("inspect", "plan", run, "--html", "--json")
+    assert json.loads(out) == {"page": str(run / "plan.html")}
+    assert "compactness0" in (run / "plan.html").read_text()
+    code, out, _ = corda("inspect", "plan", run, "-o", tmp_path / "other.html")
+    assert (tmp_path / "other.html").is_file()
+    code, out, _ = corda("inspect", "context", path, "--json")
+    assert len(json.loads(out)["inputs"]) == 8
+    code, out, _ = corda("inspect", "context", run)
+    assert "eff. rank" in out
+    assert "covariances kept on disk, written in" in " ".join(out.split())
+
+    code, _, err = corda("plan", path, "--save-ranks", ranks)
+    assert code == 2
+    assert "exists already" in err
+    name = "model.layers.1.mlp.up_proj"
+    edited = [line for line in ranks.read_text().splitlines() if not line.startswith(name)]
+    ranks.write_text("\n".join([*edited, f"{name}: {{rank: 13, round: 1}}"]))
+    code, out, _ = corda("plan", path, "--set", f"adapter.ranks={ranks}")
+    assert code == 0
+    assert "Warning: adapter.ranks changed 1 of 14 layers:" in out
+    code, out, _ = corda("run", path, "--set", f"adapter.ranks={ranks}", "--json")
+    results = json.loads(out)
+    assert {layer["name"]: layer["rank"] for layer in results["plan"]["layers"]} == {
+        layer: 13 if layer == name else facts["rank"] for layer, facts in made.items()
+    }
+    assert "ranks" in results["recipe"]["adapter"]
+    assert "1 of them edited by hand" in (run / "adapter" / "README.md").read_text()
+    code, out, _ = corda("inspect", "adapter", run / "adapter", "--json")
+    assert code == 0
+    for layer in json.loads(out)["layers"]:
+        assert layer["rank"] == 2 * (13 if layer["name"] == name else made[layer["name"]]["rank"])
+        assert layer["norm"] > 0
+    code, out, _ = corda("inspect", "adapter", run / "adapter")
+    assert "‖s B A‖" in out
+    assert corda("inspect", "adapter", run)[0] == 2
+
+
+def test_a_plan_changed_in_place_is_an_error_that_shows_the_way(corda, raw_recipe, write_recipe, tmp_path):
+    path, file = write_recipe(raw_recipe), tmp_path / "run" / "plan" / "plan.json"
+    assert corda("plan", path)[0] == 0
+    file.write_text(file.read_text().replace('"rank": 4', '"rank": 5', 1))
+    for call in (["inspect", "plan", tmp_path / "run"], ["train", path]):
+        code, _, err = corda(*call)
+        assert code == 2
+        assert "corrupted artifact: plan.json was changed" in err
+        assert "`corda plan RECIPE --save-ranks FILE` writes and set adapter.ranks: FILE" in err
+
+
 def without_chat_template(pico, tmp_path):
     import shutil
 
@@ -78,6 +147,8 @@ def without_chat_template(pico, tmp_path):
         (["data.template=chat", "model.model_name_or_path=plain"], "no chat template"),
         (["adapter.rank=30"], "larger than a layer allows"),
         (["adapter.target_modules=[nothing]"], "matches no layer"),
+        (["adapter.ranks={model.layers.0.mlp.up_prj: 3}"], "did you mean 'model.layers.0.mlp.up_proj'"),
+        (["adapter.ranks=gone.yaml"], "the file of ranks does not exist"),
         (["data.keep=gone.jsonl"], "does not exist"),
         (["data.keep=broken.jsonl"], "broken.jsonl, line 2"),
         (["data.keep=empty.jsonl"], "empty"),

@@ -11,6 +11,7 @@ ROOT = Path(corda.__file__).parent
 # A module may import from its own rank and from lower ones only.
 RANKS = [
     {"errors", "__init__"},
+    {"ranks"},
     {"recipe", "artifact", "metric", "progress", "metering"},
     {"krylov", "journal"},
     {"linalg"},
@@ -20,7 +21,7 @@ RANKS = [
     {"context"},
     {"plan"},
     {"adapter", "compat"},
-    {"training", "evaluation", "exporting"},
+    {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
     {"inputs"},
     {"pipeline"},

@@ -68,6 +68,13 @@ def test_corruption_is_found(tmp_path, damage):
         artifact.reusable(folder, "plan", "k1")
 
 
+def test_a_changed_plan_shows_how_plans_are_edited(tmp_path):
+    make(tmp_path / "plan")
+    (tmp_path / "plan" / "a.txt").write_text("hellp")
+    with pytest.raises(ArtifactError, match=r"changed after it was written.*--save-ranks FILE.*adapter\.ranks: FILE"):
+        artifact.read(tmp_path / "plan", "plan")
+
+
 def test_foreign_artifacts_are_refused(tmp_path):
     make(tmp_path / "plan")
     with pytest.raises(ArtifactError, match="foreign"):

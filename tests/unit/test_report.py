@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from corda.errors import ArtifactError
 from corda.recipe import parse_recipe
 from corda.report import figures
+from corda.report.layers import write_plan_page
 from corda.report.page import write_page
 
 PROMPT = 'Is <script>alert("1 & 2")</script> safe?'
@@ -290,6 +291,78 @@ def test_layer_names_are_placed() -> None:
     assert figures.locate(names[1:]) == [("0", "attn.proj"), ("0", "mlp.proj"), ("-", "lm_head")]
     both = figures.locate(["encoder.block.0.q", "decoder.block.0.q"])
     assert both == [("0", "encoder.block.q"), ("0", "decoder.block.q")]
+
+
+def surveyed(run: Path, rounds: int = 3, *, by_hand: bool = False) -> Path:
+    """The run as CorDA++ would have left it: dynamic ranks, scores, one layer without a single round."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for i, layer in enumerate(results["plan"]["layers"]):
+        scores = [20 + (i + k) % rounds for k in range(rounds)]
+        layer |= {"rank": 1 + i % 7, "scores": scores, "chosen": scores.index(20), "log_pi": 5 + i / 10}
+        layer |= {"floor_decided": i == 0, "edited": by_hand and i == 1}
+    if by_hand:
+        results["plan"]["layers"][1]["chosen"] = None
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return run
+
+
+def test_selection_and_compactness_are_drawn(tmp_path: Path) -> None:
+    runs = [surveyed(make_run(tmp_path / "one", "kpm"), by_hand=True), make_run(tmp_path / "two", "ipm")]
+    write_page(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "compactness1-data" not in page
+    assert "scores1-data" not in page
+    log_pi = data(page, "compactness0-data")["data"][0]
+    assert [len(log_pi["z"]), len(log_pi["z"][0])] == [3, 7]
+    assert log_pi["z"][0][1] == 5.1
+    assert log_pi["z"][2][6] == 7.0
+    assert "its smallest eigenvalue mostly damping" in log_pi["text"][0][0]
+    assert "set by hand" in log_pi["text"][0][1]
+    taken = data(page, "round0-data")["data"][0]
+    assert taken["z"][0][:4] == [0, 3, 1, 0]
+    assert taken["colorbar"]["ticktext"] == ["0", "1", "2", "all"]
+    traces = data(page, "scores0-data")["data"]
+    assert [trace["name"] for trace in traces] == ["round 0", "round 1", "round 2", "taken"]
+    heights = [plain(trace["y"]) for trace in traces]
+    assert heights[0][:3] == pytest.approx([0, 5, 10])
+    assert len(heights[3]) == 20
+    assert max(heights[3]) == 0
+    assert "2 (by hand)" in page
+
+
+def plain(values: Any) -> list[float]:
+    """Numbers of a trace, which plotly may have packed."""
+    if isinstance(values, dict):
+        import base64
+
+        return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).tolist()
+    return list(values)
+
+
+def test_a_plan_has_a_page_of_its_own(tmp_path: Path) -> None:
+    run = surveyed(make_run(tmp_path / "<run>", "kpm"))
+    plan = json.loads((run / "results.json").read_text(encoding="utf-8"))["plan"]
+    write_plan_page(run / "plan", plan, tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<title>Plan of &lt;run&gt;: CorDA-KPM</title>" in page
+    for name in ("rank0", "energy0", "compactness0", "round0", "scores0", "spectrum"):
+        assert data(page, f"{name}-data")
+    assert "a layer saw &lt; 5 tokens" in page
+    assert "--save-ranks FILE" in page
+    assert _Resources(page).found == ["data:,"]
+    assert len(page.encode()) <= 6_000_000
+
+
+@pytest.mark.parametrize("mode", ["lora", "ipm"])
+def test_a_plan_without_a_survey_has_ranks_alone(tmp_path: Path, mode: str) -> None:
+    run = make_run(tmp_path / "run", mode)
+    plan = json.loads((run / "results.json").read_text(encoding="utf-8"))["plan"]
+    write_plan_page(run / "plan", plan, tmp_path / "plan.html")
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert data(page, "rank0-data")["data"][0]["zmax"] == 8
+    assert ("energy0-data" in page) == (mode != "lora")
+    assert "round0-data" not in page
+    assert "scores0-data" not in page
 
 
 def test_missing_or_broken_results_are_named(tmp_path: Path) -> None:

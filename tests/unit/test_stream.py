@@ -172,3 +172,28 @@ def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):
             stages.plan()
     files = [artifact.read(tmp_path / n / "plan", "plan").manifest["files"] for n in ("plain", "lazy")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_disk_too_small_for_all_rounds_is_refused_early(tmp_path, encoded, monkeypatch, stream):
+    from collections import namedtuple
+
+    from corda import artifact
+    from corda.errors import ResourceError
+
+    model = build("llama")
+    layers = find_targets(model)
+    parts = [encoded[r::3] for r in range(3)]
+    whole = collect_encoded(model, parts, layers, pad_token_id=0)
+    size = sum(4 * packed.numel() for packed in whole.packed.values())
+    monkeypatch.setattr(artifact, "_SPARE", 0)
+
+    def attempt(free, name):
+        monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(free))
+        journal = Journal(tmp_path / name, "k")
+        return collect_encoded(model, parts, layers, pad_token_id=0, stream=stream, journal=journal)
+
+    with pytest.raises(ResourceError, match=r"not enough disk space.*lower context\.rounds"):
+        attempt(size, "tight")
+    assert not list((tmp_path / "tight").glob("*.safetensors"))
+    assert attempt(1.06 * size, "enough").rounds == 3

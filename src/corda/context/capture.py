@@ -36,6 +36,11 @@ class Captured:
     tokens: Mapping[str, int]
     groups: Mapping[str, str]
 
+    @property
+    def bytes(self) -> int:
+        """Size of the covariances."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.values())
+
     def facts(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
         return {"tokens": dict(self.tokens), "groups": dict(self.groups)}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from corda import artifact
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.masks import followed
@@ -119,6 +120,7 @@ def collect_encoded(
 
     Raises:
         ModelError: `weights` for a model whose targets do not all lie in one list of blocks.
+        ResourceError: with a journal, the covariances of all rounds do not fit on its disk.
     """
     rounds = [
         list(batches(part, pad_token_id, batch_size, response_only=response_only)) for part in _as_rounds(encoded)
@@ -150,9 +152,11 @@ def collect_encoded(
             )
         if stream:
             notes.append("collected whole, not in blocks: the targets do not all lie in one list of blocks")
-        found = [
-            _whole(model, body, progress(parts, "collect", len(parts)), layers, r) for r, parts in enumerate(rounds)
-        ]
+        found = []
+        for r, parts in enumerate(rounds):
+            found.append(_whole(model, body, progress(parts, "collect", len(parts)), layers, r))
+            if journal is not None and r == 0:
+                artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
     return _finish(found, layers, skip_unseen, notes, len(rounds))
 
 

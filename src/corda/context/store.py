@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +78,22 @@ class Context:
         return members
 
 
-def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, Any]) -> Context:
+def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, Any], seconds: float = 0.0) -> Context:
     """Write a context and return it as read from disk. Parts that are on disk already are linked, not copied.
+
+    Args:
+        context: What was collected.
+        folder: Where to.
+        fingerprint: Of everything it depends on.
+        extra: More for the manifest.
+        seconds: Spent on writing already, for the parts that are on disk.
 
     Raises:
         ResourceError: not enough space.
     """
     lazy = context.packed if isinstance(context.packed, LazyTensors) else None
     size = 0 if lazy else sum(4 * tensor.numel() for tensor in context.packed.values())
+    started = time.perf_counter()
     with artifact.writing(folder, "context", fingerprint, size=size) as (temporary, manifest):
         if lazy:
             for place in sorted(set(lazy.places.values())):
@@ -100,6 +109,7 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
             shards=shards,
             warnings=list(context.warnings),
             rounds=context.rounds,
+            write_seconds=seconds + time.perf_counter() - started,
             **extra,
         )
     return load(artifact.read(folder, "context", verify=False))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from corda import artifact
 from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
 from corda.data.batches import Batch
@@ -48,6 +49,10 @@ def streamed(
         progress: Shows how far it is.
         weights: Where a model without weights gets those of one block at a time.
         device: To compute on; default: that of the model.
+
+    Raises:
+        ResourceError: what is to be kept of all blocks and rounds does not fit on the disk; found out after the first
+            block of the first round.
     """
     device = device or next(model.parameters()).device
     modules = [block for _, block in blocks]
@@ -57,6 +62,7 @@ def streamed(
         for i in range(len(blocks))
     ]
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
+    missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
     hidden: list[list[Tensor]] = [[] for _ in rounds]
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
     for index in progress(range(len(blocks)), "collect", len(blocks)):
@@ -84,10 +90,19 @@ def streamed(
                     if done is None and members[index]:
                         done = capture.captured(r)
                         if journal is not None:
+                            if missing:  # of all blocks to come, before the second one is run
+                                size = done.bytes * missing // _width(members[index])
+                                artifact.need_disk(journal.folder, size, "lower context.rounds")
+                                missing = 0
                             journal.put(_key(index, r), done.packed, done.facts())
                             done = Captured.noted(journal, _key(index, r))
                 if done is not None:
                     yield done
+
+
+def _width(layers: Sequence[LayerSpec]) -> int:
+    """What the size of a block's covariances is proportional to, where blocks share inputs alike."""
+    return sum(layer.d_in**2 for layer in layers)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -13,13 +13,20 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
+from plotly.colors import sample_colorscale
 
 Floats = NDArray[np.floating[Any]]
+Quantity = Literal["rank", "energy", "log_pi", "round"]
 
 COLOURS = ("#3f7fc1", "#d0642b", "#2a977b", "#a867a5", "#8a7d2c", "#7d7d7d")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
-_SCALES = {"rank": [[0, "#c9d8e8"], [1, "#3a75b0"]], "energy": "Cividis"}
+_SCALES = {
+    "rank": [[0, "#c9d8e8"], [1, "#3a75b0"]],
+    "energy": "Cividis",
+    "log_pi": [[0, "#3a75b0"], [0.5, "#c9c9c4"], [1, "#c4601f"]],
+}
+_TICKS = 12
 _CURVE_POINTS = 1000
 _SPECTRUM_POINTS = 200
 _ALL_SPECTRUM_POINTS = 80_000
@@ -142,32 +149,19 @@ def thin(n: int, rank: int, mode: str, points: int = _SPECTRUM_POINTS) -> tuple[
     return (frozen + rank, adapted) if mode == "kpm" else (frozen, adapted + n - rank)
 
 
-def layer_map(run: Run, what: Literal["rank", "energy"]) -> go.Figure:
-    """Blocks by module types, coloured by rank or by the share of energy adapted."""
+def layer_map(run: Run, what: Quantity) -> go.Figure:
+    """Blocks by module types, coloured by rank, share of energy adapted, log π, or the calibration round taken."""
     places = locate([layer["name"] for layer in run.layers])
     columns = list(dict.fromkeys(module for _, module in places))
     rows = sorted({block for block, _ in places}, key=lambda b: (b == "-", int(b) if b != "-" else 0))
+    shown = _shading(run, what)
     z: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     text = [[""] * len(columns) for _ in rows]
-    shares = [layer["energy"] for layer in run.layers if layer["energy"] > 0]
-    log = what == "energy" and len(shares) > 0 and max(shares) > 20 * min(shares)
-    for layer, (block, module) in zip(run.layers, places, strict=True):
+    for layer, value, (block, module) in zip(run.layers, shown.values, places, strict=True):
         r, c = rows.index(block), columns.index(module)
-        if what == "rank":
-            z[r][c] = layer["rank"]
-        elif not log:
-            z[r][c] = 100 * layer["energy"]
-        elif layer["energy"] > 0:
-            z[r][c] = math.log10(100 * layer["energy"])
-        shape = " × ".join(str(size) for size in layer["shape"])
-        facts = f"{shape}, rank {layer['rank']}<br>energy adapted: {percent(layer['energy'])}"
-        text[r][c] = f"{html.escape(layer['name'])}<br>{facts}"
-    bar: dict[str, Any] = {"thickness": 10, "outlinewidth": 0, "len": 1, "lenmode": "fraction"}
-    if log:
-        ticks = range(math.floor(math.log10(100 * min(shares))), math.ceil(math.log10(100 * max(shares))) + 1)
-        bar |= {"tickvals": list(ticks), "ticktext": [f"{10.0**t:g} %" for t in ticks]}
-    elif what == "energy":
-        bar |= {"ticksuffix": " %"}
+        z[r][c] = value
+        text[r][c] = "<br>".join([html.escape(layer["name"]), *layer_facts(layer)])
+    bar = {"thickness": 10, "outlinewidth": 0, "len": 1, "lenmode": "fraction", **shown.bar}
     figure = go.Figure(
         go.Heatmap(
             z=z,
@@ -176,9 +170,9 @@ def layer_map(run: Run, what: Literal["rank", "energy"]) -> go.Figure:
             text=text,
             hovertemplate="%{text}<extra></extra>",
             hoverongaps=False,
-            colorscale=_SCALES[what],
-            zmin=0 if what == "rank" else None,
-            zmax=max(layer["rank"] for layer in run.layers) if what == "rank" and run.layers else None,
+            colorscale=shown.scale,
+            zmin=shown.low,
+            zmax=shown.high,
             xgap=1,
             ygap=1,
             colorbar=bar,
@@ -188,6 +182,100 @@ def layer_map(run: Run, what: Literal["rank", "energy"]) -> go.Figure:
     figure.update_xaxes(type="category", showgrid=False, zeroline=False, tickangle=-45)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False, title="block")
     return figure
+
+
+def candidate_scores(run: Run) -> go.Figure:
+    """Every layer's candidate covariances: how far each one's score lies above the layer's lowest, and which is taken.
+
+    Layers stand in module order, ticks at the first layer of a block.
+    """
+    layers = [(i, layer) for i, layer in enumerate(run.layers) if layer.get("scores")]
+    figure = go.Figure()
+    for k in range(max(len(layer["scores"]) for _, layer in layers)):
+        having = [(i, layer) for i, layer in layers if k < len(layer["scores"])]
+        figure.add_scatter(
+            name=f"round {k}",
+            mode="markers",
+            x=[i for i, _ in having],
+            y=[excess(layer["scores"])[k] for _, layer in having],
+            text=[f"{html.escape(layer['name'])}<br>score {layer['scores'][k]:.4g}" for _, layer in having],
+            hovertemplate="%{text}, %{y:.2f} % above the lowest",
+            marker={"color": COLOURS[k % len(COLOURS)], "size": 6, "symbol": _SYMBOLS[k % len(_SYMBOLS)]},
+        )
+    taken = [(i, layer) for i, layer in layers if layer["chosen"] is not None]
+    figure.add_scatter(
+        name="taken",
+        mode="markers",
+        x=[i for i, _ in taken],
+        y=[excess(layer["scores"])[layer["chosen"]] for _, layer in taken],
+        hoverinfo="skip",
+        cliponaxis=False,
+        marker={"symbol": "circle-open", "size": 11, "color": "#888888", "line": {"width": 1.5}},
+    )
+    blocks = [block for block, _ in locate([layer["name"] for layer in run.layers])]
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
+    starts = starts[:: -(-len(starts) // _TICKS)]
+    figure.update_layout(_layout(360))
+    figure.update_xaxes(title="block", tickvals=starts, ticktext=[blocks[i] for i in starts])
+    figure.update_yaxes(title="score above the lowest, %", rangemode="tozero")
+    return figure
+
+
+def excess(scores: Sequence[float]) -> list[float]:
+    """How far each score lies above the lowest, in % of it."""
+    lowest = min(scores)
+    return [100 * (score / lowest - 1) for score in scores]
+
+
+def layer_facts(layer: Mapping[str, Any]) -> list[str]:
+    """What is known of an adapted layer, a line each."""
+    facts = [
+        f"{' × '.join(str(size) for size in layer['shape'])}, rank {layer['rank']}",
+        f"energy adapted: {percent(layer['energy'])}",
+    ]
+    if layer.get("log_pi") is not None:
+        floor = ", its smallest eigenvalue mostly damping" if layer["floor_decided"] else ""
+        facts.append(f"log π {layer['log_pi']:.2f}{floor}")
+    if layer.get("scores"):
+        scores = [f"{score:.4g}{' taken' if k == layer['chosen'] else ''}" for k, score in enumerate(layer["scores"])]
+        facts.append(f"scores: {', '.join(scores)}")
+    if layer.get("edited"):
+        facts.append("set by hand")
+    return facts
+
+
+@dataclass(frozen=True)
+class _Shading:
+    """A heat map's values, one a layer, and how they are coloured."""
+
+    values: list[float | None]
+    scale: Any
+    low: float | None = None
+    high: float | None = None
+    bar: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _shading(run: Run, what: Quantity) -> _Shading:
+    layers = run.layers
+    if what == "rank":
+        ranks = [layer["rank"] for layer in layers]
+        return _Shading(ranks, _SCALES[what], 0, max(ranks, default=None))
+    if what == "log_pi":
+        return _Shading([layer.get("log_pi") for layer in layers], _SCALES[what])
+    if what == "round":
+        rounds = max([len(layer.get("scores", ())) for layer in layers] + [1 + (x["chosen"] or 0) for x in layers])
+        names = [*map(str, range(rounds)), *(["all"] if any(layer["chosen"] is None for layer in layers) else [])]
+        n = len(names)
+        colours = COLOURS if n <= len(COLOURS) else sample_colorscale("Turbo", n)
+        scale = [[edge / n, colours[k]] for k in range(n) for edge in (k, k + 1)]
+        chosen: list[float | None] = [rounds if layer["chosen"] is None else layer["chosen"] for layer in layers]
+        return _Shading(chosen, scale, -0.5, n - 0.5, {"tickvals": list(range(n)), "ticktext": names})
+    shares = [layer["energy"] for layer in layers if layer["energy"] > 0]
+    if not shares or max(shares) <= 20 * min(shares):
+        return _Shading([100 * layer["energy"] for layer in layers], _SCALES[what], bar={"ticksuffix": " %"})
+    ticks = range(math.floor(math.log10(100 * min(shares))), math.ceil(math.log10(100 * max(shares))) + 1)
+    logs = [math.log10(100 * layer["energy"]) if layer["energy"] > 0 else None for layer in layers]
+    return _Shading(logs, _SCALES[what], bar={"tickvals": list(ticks), "ticktext": [f"{10.0**t:g} %" for t in ticks]})
 
 
 def locate(names: Sequence[str]) -> list[tuple[str, str]]:

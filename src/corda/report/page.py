@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import yaml
-from plotly.offline import get_plotlyjs
 from safetensors.numpy import load_file
 
-from corda import artifact
 from corda.errors import ArtifactError
 from corda.report import figures
-from corda.report.figures import Run, percent
+from corda.report.figures import Run
+from corda.report.html import cell, figure, row, section, table, write_document
+from corda.report.layers import layers_section, spectra_section
 from corda.report.table import short_name
 
-_SAMPLES, _TEXT, _LAYERS = 12, 1200, 400  # shown per task, characters of each text, rows of all layer tables
+_SAMPLES, _TEXT = 12, 1200  # shown per task, characters of each text
 _STAGES = ("collect", "plan", "before", "train", "after", "export")
 _SECTIONS = ("model", "data", "context", "adapter", "training", "evaluation", "export", "seed", "output_dir")
 
@@ -48,17 +45,6 @@ _VERBS = {
     "learn": {1: "learnt {}", 0: "did not measurably learn {}", -1: "got worse at {}"},
     "keep": {1: "improved on {}", 0: "kept {} within error", -1: "forgot some of {}"},
 }
-_LAYER_FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "shape": lambda layer: " × ".join(str(size) for size in layer["shape"]),
-    "rank": lambda layer: str(layer["rank"]),
-    "energy adapted": lambda layer: percent(layer["energy"]),
-    "tokens": lambda layer: f"{layer['tokens']:,}",
-    "damping": lambda layer: f"{layer['damping']:.3g}",
-    "condition": lambda layer: f"{layer['condition']:.3g}" if layer["condition"] >= 0 else "unknown",
-    "solver": lambda layer: str(layer["solver"]),
-    "‖A‖/‖B‖": lambda layer: f"{layer['norm_ratio']:.3g}",
-    "dead": lambda layer: str(layer["dead"]),
-}
 
 
 def write_page(runs: Sequence[Path], path: Path) -> None:
@@ -72,15 +58,9 @@ def write_page(runs: Sequence[Path], path: Path) -> None:
         ArtifactError: a folder has no readable results.json, or none is given.
         ResourceError: no space.
     """
-    text = _page(_read(runs))
-    artifact.need_disk(path.parent, len(text))
-    artifact.make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    read = _read(runs)
+    title = escape(f"{_join([run.label for run in read])} on {_join([run.results['model']['name'] for run in read])}")
+    write_document(path, title, _body(read, title))
 
 
 def _read(folders: Sequence[Path]) -> list[Run]:
@@ -106,33 +86,25 @@ def _read(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
-def _page(runs: Sequence[Run]) -> str:
-    methods, models = _join([run.label for run in runs]), _join([run.results["model"]["name"] for run in runs])
+def _body(runs: Sequence[Run], title: str) -> list[str]:
+    models = _join([run.results["model"]["name"] for run in runs])
     notes = [run.results["model"]["note"] for run in runs if run.results["model"].get("note")]
-    title = escape(f"{methods} on {models}")
-    body = [
+    return [
         f"<h1>{title}</h1>",
         f'<p class="quiet">Base model {escape(models)}{escape("; " + _join(notes)) if notes else ""}.</p>',
         f'<ul class="statements">{"".join(f"<li>{_statement(run)}</li>" for run in runs)}</ul>',
         _scores(runs),
-        _section(
-            "Training", _figure("training", figures.training_curves(runs), "Faint: as logged; strong: running mean")
+        section(
+            "Training", figure("training", figures.training_curves(runs), "Faint: as logged; strong: running mean")
         ),
-        _spectra(runs),
-        _layers(runs),
+        spectra_section(runs),
+        layers_section(runs),
         _answers(runs),
-        _section("Warnings", *[_warnings(run) for run in runs]),
-        _section("What was asked", *[_recipe(run, len(runs) == 1) for run in runs]),
+        section("Warnings", *[_warnings(run) for run in runs]),
+        section("What was asked", *[_recipe(run, len(runs) == 1) for run in runs]),
         _costs(runs),
         _provenance(runs),
     ]
-    template, style, script = (
-        files("corda.report").joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.html", "style.css", "page.js")
-    )
-    return Template(template).substitute(
-        title=title, style=style, body="\n".join(body), plotly=get_plotlyjs(), script=script
-    )
 
 
 def _statement(run: Run) -> str:
@@ -167,67 +139,26 @@ def _scores(runs: Sequence[Run]) -> str:
         base = having[0].results["scores"]["before"][key]
         side = having[0].results["recipe"]["evaluation"]["tasks"][task]["measures"]
         facts = f"{m.label}; to {side}; {base['n']} records"
-        cells = [f"<th>{escape(task)}<small>{escape(facts)}</small></th>", _cell(_value(base, m))]
+        cells = [f"<th>{escape(task)}<small>{escape(facts)}</small></th>", cell(_value(base, m))]
         for run in runs:
             own = run.results["scores"]["before"].get(key)
             after = run.results["scores"]["after"].get(key)
             if own is None or after is None:
-                cells.append(_cell("not measured"))
+                cells.append(cell("not measured"))
                 continue
             difference = run.results["scores"]["change"][key]
             arrow = {1: "↑", 0: "=", -1: "↓"}[_sign(difference["value"])]
             kind = {1: "better", 0: "", -1: "worse"}[_verdict(difference, m)]
             change = f"{arrow} {_difference(difference, m)} {kind or 'unclear'}"
             from_own = f"<small>from {_value(own, m)}</small>" if own["value"] != base["value"] else ""
-            cells.append(_cell(f'{_value(after, m)}<small class="{kind}">{change}</small>{from_own}'))
+            cells.append(cell(f'{_value(after, m)}<small class="{kind}">{change}</small>{from_own}'))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = ["held-out task", "base", *[run.label for run in runs]]
     note = (
         "Mean ± standard error over records. Below it the change from the base, its error that of paired differences "
         "on the same records. A change within two of its errors is called unclear."
     )
-    return _section("Scores", _table(head, rows), f'<p class="quiet">{note}</p>')
-
-
-def _spectra(runs: Sequence[Run]) -> str:
-    if not any(run.spectra for run in runs):
-        return ""
-    return _section(
-        "Spectra",
-        "<p>Singular values of W C<sup>a</sup>, the weight as the context's activations see it. "
-        "KPM adapts the smallest, which matter least to the knowledge to keep; IPM the largest, which matter most "
-        "to the task.</p>",
-        '<div class="picker"><label>Layer <select id="layer"></select></label>'
-        '<label><input type="checkbox" id="log-components"> logarithmic component axis</label></div>'
-        '<p class="quiet" id="layer-facts"></p>',
-        _figure("spectrum", figures.spectrum(runs), "Line: frozen components; open markers: adapted ones"),
-        _json("spectra-data", json.dumps(figures.spectra_data(runs), separators=(",", ":"))),
-    )
-
-
-def _layers(runs: Sequence[Run]) -> str:
-    parts = []
-    drawn: dict[tuple[tuple[str, int], ...], str] = {}
-    for i, run in enumerate(runs):
-        ranks = tuple((layer["name"], layer["rank"]) for layer in run.layers)
-        low, high = min(rank for _, rank in ranks), max(rank for _, rank in ranks)
-        span = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        same = f" The same layers and ranks as {escape(drawn[ranks])}." if ranks in drawn else ""
-        count = f"{run.results['plan']['trainable_parameters']:,} trained parameters"
-        parts.append(f"<h3>{escape(run.label)}</h3><p>{len(run.layers)} layers, {span}, {count}.{same}</p>")
-        maps = [] if same else [_figure(f"rank{i}", figures.layer_map(run, "rank"), "Rank")]
-        drawn.setdefault(ranks, run.label)
-        if any(layer["energy"] for layer in run.layers):
-            maps.append(_figure(f"energy{i}", figures.layer_map(run, "energy"), "Share of the energy ‖W Cᵃ‖² adapted"))
-        parts.append(f'<div class="maps">{"".join(maps)}</div>')
-        rows = [
-            _row(layer["name"], [_cell(escape(show(layer))) for show in _LAYER_FACTS.values()])
-            for layer in run.layers[: _LAYERS // len(runs)]
-        ]
-        more = "<p>More are in plan/plan.json.</p>" if len(run.layers) > len(rows) else ""
-        table = _table(["layer", *_LAYER_FACTS], rows)
-        parts.append(f"<details><summary>Every layer</summary>{table}{more}</details>")
-    return _section("Adapted layers", *parts)
+    return section("Scores", table(head, rows), f'<p class="quiet">{note}</p>')
 
 
 def _answers(runs: Sequence[Run]) -> str:
@@ -251,7 +182,7 @@ def _answers(runs: Sequence[Run]) -> str:
             )
         if len(prompts) > _SAMPLES:
             parts.append(f"<p>{len(prompts) - _SAMPLES} more are in results.json.</p>")
-    return _section("Answers", *parts) if parts else ""
+    return section("Answers", *parts) if parts else ""
 
 
 def _answer(who: str, answer: Mapping[str, Any]) -> str:
@@ -282,18 +213,18 @@ def _costs(runs: Sequence[Run]) -> str:
     rows = []
     for stage in [*[s for s in _STAGES if s in used], *[s for s in used if s not in _STAGES]]:
         costs = [(run.results["timing"].get(stage), run.results["memory"].get(stage)) for run in runs]
-        rows.append(_row(stage, [_cell(f"{_duration(time)}<small>{_size(peak)}</small>") for time, peak in costs]))
-    rows.append(_row("all", [_cell(_duration(sum(run.results["timing"].values()))) for run in runs]))
-    return _section("Time and peak memory", _table(["stage", *[run.label for run in runs]], rows))
+        rows.append(row(stage, [cell(f"{_duration(time)}<small>{_size(peak)}</small>") for time, peak in costs]))
+    rows.append(row("all", [cell(_duration(sum(run.results["timing"].values()))) for run in runs]))
+    return section("Time and peak memory", table(["stage", *[run.label for run in runs]], rows))
 
 
 def _provenance(runs: Sequence[Run]) -> str:
     columns = [_facts(run.results) for run in runs]
     rows = [
-        _row(name, [f"<td>{escape(str(facts.get(name, '–')))}</td>" for facts in columns])
+        row(name, [f"<td>{escape(str(facts.get(name, '–')))}</td>" for facts in columns])
         for name in dict.fromkeys(name for facts in columns for name in facts)
     ]
-    return _section("Provenance", _table(["", *[run.label for run in runs]], rows, numbers=False))
+    return section("Provenance", table(["", *[run.label for run in runs]], rows, numbers=False))
 
 
 def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,34 +240,6 @@ def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
     if results["export"]:
         facts["relative logit difference after reload"] = f"{results['export']['max_relative_logit_difference']:.2g}"
     return {**facts, **made, **packages, "schema of results.json": results["schema"]}
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[str], *, numbers: bool = True) -> str:
-    kind = ' class="number"' if numbers else ""
-    cells = "".join(f"<th{kind if i else ''}>{escape(text)}</th>" for i, text in enumerate(head))
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
-
-
-def _cell(content: str) -> str:
-    return f'<td class="number">{content}</td>'
-
-
-def _figure(name: str, figure: Any, caption: str) -> str:
-    plot = f'<div id="{name}" data-figure="{name}-data" style="min-height:{figure.layout.height}px"></div>'
-    return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>{_json(f'{name}-data', figure.to_json())}"
-
-
-def _json(name: str, text: str) -> str:
-    safe = text.replace("<", "\\u003c")  # so that no content can end the script element
-    return f'<script type="application/json" id="{name}">{safe}</script>'
 
 
 def _parts(key: str) -> tuple[str, str]:

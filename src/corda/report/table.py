@@ -1,8 +1,8 @@
-"""The scores of one or several runs as a table for the terminal."""
+"""Tables for the terminal: scores of runs, a plan, a context, an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -50,13 +50,11 @@ def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
-    names = [layer["name"].split(".") for layer in plan["layers"]]
-    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(n[:-1] for n in names), strict=False))))
-    table = Table(title=f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
-    table.title_justify = table.caption_justify = "left"
+    names, prefix = own_parts([layer["name"] for layer in plan["layers"]])
+    table = _table(f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
     if any(layer["floor_decided"] for layer in plan["layers"]):
         table.caption = "* more than half of the smallest eigenvalue in π is damping: more tokens would help"
-    table.add_column(f"layer of {'.'.join(names[0][:shared]) or 'the model'}", overflow="fold")
+    table.add_column(f"layer of {prefix}", overflow="fold")
     table.add_column("round", justify="right", no_wrap=True)
     table.add_column("log π", justify="right", no_wrap=True)
     table.add_column("scores", justify="right")
@@ -66,7 +64,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         share = 100 * sum(layer["shape"]) * layer["rank"] / plan["trainable_parameters"]
         floor = "*" if layer["floor_decided"] else ""
         table.add_row(
-            ".".join(name[shared:]),
+            name,
             "all" if layer["chosen"] is None else str(layer["chosen"]),
             "–" if layer["log_pi"] is None else f"{layer['log_pi']:.2f}{floor}",
             " ".join(f"{score:.3g}" for score in layer["scores"]) or "–",
@@ -75,3 +73,68 @@ def plan_table(plan: dict[str, Any]) -> Table:
             f"{100 * layer['energy']:.2g}",
         )
     return table
+
+
+def context_table(facts: Mapping[str, Any]) -> Table:
+    """A context's facts, a row per distinct input; where rounds differ, the least and the most of them."""
+    rounds = "1 round" if facts["rounds"] == 1 else f"{facts['rounds']} rounds"
+    table = _table(f"Context, {rounds}, {facts['layers']} layers, {len(facts['inputs'])} distinct inputs")
+    table.caption = f"eff. rank: (tr C)² / ‖C‖², between 1 and the width\n{kept_sentence(facts['kept'])}"
+    names, prefix = own_parts([one["group"] for one in facts["inputs"]])
+    table.add_column(f"input of, {prefix}", overflow="fold")
+    for column in ("layers", "width", "tokens", "mean diag C", "eff. rank"):
+        table.add_column(column, justify="right")
+    for name, one in zip(names, facts["inputs"], strict=True):
+        table.add_row(
+            name,
+            str(len(one["layers"])),
+            str(one["d_in"]),
+            _span(one["tokens"], "{:,}"),
+            _span(one["mean_diagonal"], "{:.3g}"),
+            _span(one["effective_rank"], "{:.1f}"),
+        )
+    return table
+
+
+def kept_sentence(kept: Mapping[str, Any]) -> str:
+    """What a context's covariances take on the disk, against what it would take to collect them once more."""
+    text = f"{kept['bytes'] / 1e6:,.1f} MB of covariances kept on disk"
+    if kept["write_seconds"] is not None:
+        text += f", written in {kept['write_seconds']:.1f} s"
+    if kept["collect_again_tokens"] is not None:
+        tokens, seconds = kept["collect_again_tokens"], kept["collect_again_seconds"]
+        text += f"; collecting them again would put {tokens:,} tokens through the model, {seconds:.1f} s"
+    return text
+
+
+def adapter_table(facts: Mapping[str, Any]) -> Table:
+    """An adapter's facts, a row per layer."""
+    form = f"rank {facts['rank']}, alpha {facts['lora_alpha']:g}{', rsLoRA' if facts['use_rslora'] else ''}"
+    table = _table(f"LoRA for {facts['base'] or 'an unnamed base'}, {form}, {facts['parameters']:,} parameters")
+    if facts["other_parameters"]:
+        table.caption = f"{facts['other_parameters']:,} of the parameters are not LoRA factors"
+    names, prefix = own_parts([layer["name"] for layer in facts["layers"]])
+    table.add_column(f"layer of {prefix}", overflow="fold")
+    for column in ("shape", "rank", "scaling s", "‖s B A‖", "‖A‖", "‖B‖", "parameters"):
+        table.add_column(column, justify="right")
+    for name, layer in zip(names, facts["layers"], strict=True):
+        norms = [f"{layer[key]:.3g}" for key in ("scaling", "norm", "norm_A", "norm_B")]
+        shape = f"{layer['d_out']}×{layer['d_in']}"
+        table.add_row(name, shape, str(layer["rank"]), *norms, f"{layer['parameters']:,}")
+    return table
+
+
+def own_parts(names: Sequence[str]) -> tuple[list[str], str]:
+    """Dotted names without the parts that all of them begin with, and those parts."""
+    split = [name.split(".") for name in names]
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*(n[:-1] for n in split), strict=False))))
+    return [".".join(parts[shared:]) for parts in split], ".".join(split[0][:shared]) or "the model"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", caption_justify="left")
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    least, most = form.format(min(values)), form.format(max(values))
+    return least if least == most else f"{least}–{most}"
