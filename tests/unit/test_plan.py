@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from corda import artifact, linalg
 from corda.adapter import attach, relative_difference
@@ -15,6 +18,7 @@ from corda.context.store import save
 from corda.data.batches import encode
 from corda.data.formats import to_records
 from corda.errors import PlanError, RecipeError
+from corda.exporting import export
 from corda.metric import Metric, damping
 from corda.plan import plan as plans
 from corda.plan.compactness import compactness
@@ -65,8 +69,6 @@ def test_dynamic_selection_takes_the_lowest_score_per_layer(model, rounds):
 
 
 def test_the_order_of_rounds_does_not_matter(model, rounds):
-    from dataclasses import replace
-
     from corda.context.capture import candidate
 
     order = [3, 0, 4, 1, 2]
@@ -87,8 +89,6 @@ def test_the_order_of_rounds_does_not_matter(model, rounds):
 
 def test_a_planted_candidate_is_picked(model, rounds):
     """Inputs with one strong direction over a low and even floor: a steep spectrum without tiny eigenvalues."""
-    from dataclasses import replace
-
     from corda.context.accumulator import pack_upper
 
     packed = dict(rounds.packed)
@@ -100,6 +100,42 @@ def test_a_planted_candidate_is_picked(model, rounds):
         packed[f"{group}#2"] = pack_upper((vectors * peaked) @ vectors.T)
     plan = make_plan(model, replace(rounds, packed=packed), rank=4, selection="dynamic", **UNIT)
     assert {layer.chosen for layer in plan.layers} == {2}
+
+
+def test_selection_with_unit_scale_is_free_of_a_common_factor(model, rounds):
+    one = make_plan(model, rounds, rank=4, selection="dynamic", **UNIT)
+    two = make_plan(model, scaled(rounds, 1e4), rank=4, selection="dynamic", **UNIT)
+    assert [layer.chosen for layer in one.layers] == [layer.chosen for layer in two.layers]
+    assert len({layer.chosen for layer in one.layers}) > 1
+    for a, b in zip(one.layers, two.layers, strict=True):
+        assert a.scores == pytest.approx(b.scores, rel=1e-4)
+
+
+def test_selection_with_token_scale_depends_on_a_common_factor(model, rounds):
+    """A steep candidate (large π, few directions) against a flat one: which scores lower is a matter of scale."""
+    from corda.context.accumulator import pack_upper
+
+    name = rounds.layers[0].name
+    C = rounds.covariance(name, 0)
+    values, vectors = torch.linalg.eigh(C)
+    steep, flat = values.clone(), torch.full_like(values, float(values.mean()))
+    steep[:-1] = values[-1] * 0.01
+    packed = [pack_upper((vectors * v) @ vectors.T) for v in (steep, flat)]
+    two = replace(rounds, layers=rounds.layers[:1], packed={name: packed[0], f"{name}#1": packed[1]}, rounds=2)
+
+    def chosen(context, scale):
+        settings = {"selection": "dynamic", "compactness_scale": scale, "target_modules": [name]}
+        return make_plan(model, context, rank=4, **settings).layers[0]
+
+    as_it_is = chosen(two, "token")
+    log_pi = compactness(two.covariance(name, 1), two.layers[0].d_out).log_pi
+    larger = scaled(two, float(torch.exp(torch.tensor(2 * (log_pi - 0.01)))))  # leaves log π = 0.01 to the flat one
+    assert (as_it_is.chosen, chosen(larger, "token").chosen) == (0, 1)
+    assert chosen(two, "unit").chosen == chosen(larger, "unit").chosen
+
+
+def scaled(context, factor):
+    return replace(context, packed={key: factor * packed for key, packed in context.packed.items()})
 
 
 @pytest.mark.parametrize("selection", ["first", "pooled"])
@@ -140,9 +176,7 @@ def test_a_budget_in_parameters_without_allocation(model, rounds):
 
 
 def test_a_log_that_is_not_positive_names_the_setting(model, rounds):
-    from dataclasses import replace
-
-    large = replace(rounds, packed={key: 1e12 * packed for key, packed in rounds.packed.items()})
+    large = scaled(rounds, 1e12)
     with pytest.raises(PlanError, match="compactness_scale: unit"):
         make_plan(model, large, rank=4, allocation="dynamic")
     same = [make_plan(model, c, rank=4, allocation="dynamic", **UNIT) for c in (rounds, large)]
@@ -178,6 +212,93 @@ def test_per_layer_ranks_survive_export_and_reload(model, pico, rounds, tmp_path
     wrapped.save_pretrained(str(tmp_path / "a"))
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "a")).eval()
     assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5
+    assert len({layer.rank for layer in plan.layers}) > 2
+    exported = export(wrapped, tmp_path / "out")
+    assert exported.rank == 2 * max(layer.rank for layer in plan.layers)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "out"))
+    for one in (reloaded, again):
+        check_ranks(one, plan)
+
+
+def check_ranks(reloaded, plan):
+    """Every layer of the plan has exactly twice its rank (its start is subtracted), and no other layer has any."""
+    for layer in plan.layers:
+        module = reloaded.base_model.model.get_submodule(layer.name)
+        assert module.r["default"] == 2 * layer.rank, layer.name
+        assert tuple(module.lora_A["default"].weight.shape) == (2 * layer.rank, layer.d_in)
+        assert module.scaling["default"] == pytest.approx(plan.scaling(layer.rank))
+    adapted = [name for name, m in reloaded.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    assert sorted(adapted) == sorted(layer.name for layer in plan.layers)
+
+
+class Towers(PreTrainedModel):
+    """As in vision-language models: `layers.0.q` is a layer, and the end of `vision.layers.0.q`."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        torch.manual_seed(0)
+        self.vision = nn.ModuleDict({"layers": self._tower(9, 7)})
+        self.layers = self._tower(7, 5)
+        self.post_init()
+
+    def _tower(self, wide, narrow):
+        def block():
+            return nn.ModuleDict({"q": nn.Linear(wide, narrow, bias=False), "o": nn.Linear(narrow, wide, bias=False)})
+
+        return nn.ModuleList([block() for _ in range(2)])
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=3.0)
+
+    def forward(self, pixels, **_):
+        x = pixels
+        for block in self.vision["layers"]:
+            x = x + block["o"](block["q"](x).tanh())
+        x = x[..., :7]
+        for block in self.layers:
+            x = x + block["o"](block["q"](x).tanh())
+        return ModelOutput(logits=x)
+
+
+@pytest.mark.parametrize("left_out", [(), ("vision.layers.0.q", "layers.1.o")])
+@pytest.mark.parametrize("mode", ["kpm", "ipm"])
+@torch.no_grad()
+def test_colliding_names_survive_export_and_reload(tmp_path, mode, left_out):
+    tower = Towers(PretrainedConfig()).eval()
+    specs = [spec for spec in find_targets(tower, ".*") if spec.name not in left_out]
+    context = made_up(specs)
+    ranks = {spec.name: 1 + i % spec.max_rank for i, spec in enumerate(specs)}
+    plan = make_plan(tower, context, mode=mode, rank=2, ranks=ranks)
+    assert {layer.name: layer.rank for layer in plan.layers} == ranks
+    pixels = {"pixels": 2.5 * torch.randn(3, 4, 9)}
+    reference = tower(**pixels).logits
+    wrapped = attach(tower, plan)
+    assert torch.equal(wrapped(**pixels).logits, reference)
+    for layer in plan.layers:
+        assert wrapped.base_model.model.get_submodule(layer.name).r["default"] == layer.rank
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            p += 0.05 * torch.randn_like(p)
+    export(wrapped, tmp_path / "out", fresh_base=lambda: Towers(PretrainedConfig()).eval(), probe=pixels)
+    reloaded = PeftModel.from_pretrained(Towers(PretrainedConfig()).eval(), str(tmp_path / "out"))
+    assert relative_difference(reloaded(**pixels).logits, wrapped(**pixels).logits) < 1e-5
+    check_ranks(reloaded, plan)
+
+
+def made_up(specs):
+    """A context with a random covariance for each layer."""
+    from corda.context.accumulator import pack_upper
+    from corda.context.store import Context
+
+    generator = torch.Generator().manual_seed(1)
+    packed = {}
+    for spec in specs:
+        X = 4 * torch.randn(spec.d_in, 40, generator=generator)
+        packed[spec.name] = pack_upper(X @ X.T / 40)
+    return Context(tuple(specs), {s.name: s.name for s in specs}, dict.fromkeys(packed, 40), packed)
 
 
 def test_short_names_that_collide_get_their_own_rank():
