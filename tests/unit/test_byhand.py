@@ -79,6 +79,10 @@ def test_layers_not_named_keep_what_they_had_and_the_total_is_said(model, rounds
     assert after == before + 128 * (20 - by_name(free)[UP].rank)
     said = f"adapter.ranks changed 1 of 14 layers: {after:,} trainable parameters, {before:,} without it"
     assert said in plan.warnings
+    rounds_alone = {name: {"round": (layer.chosen + 1) % 3} for name, layer in list(by_name(free).items())[:7]}
+    moved = make_plan(model, rounds, ranks=rounds_alone, **DYNAMIC)
+    assert [layer.rank for layer in moved.layers] == [layer.rank for layer in free.layers]
+    assert [layer.edited for layer in moved.layers] == [True] * 7 + [False] * 7
     static = make_plan(model, rounds, rank=24, ranks={UP: 48, K: {"round": 2}})
     assert {layer.rank for layer in static.layers if layer.name != UP} == {24}
     assert by_name(static)[UP].rank == 48

@@ -322,11 +322,12 @@ def test_selection_and_compactness_are_drawn(tmp_path: Path) -> None:
     assert taken["z"][0][:4] == [0, 3, 1, 0]
     assert taken["colorbar"]["ticktext"] == ["0", "1", "2", "all"]
     traces = data(page, "scores0-data")["data"]
-    assert [trace["name"] for trace in traces] == ["round 0", "round 1", "round 2", "taken"]
-    heights = [plain(trace["y"]) for trace in traces]
-    assert heights[0][:3] == pytest.approx([0, 5, 10])
-    assert len(heights[3]) == 20
-    assert max(heights[3]) == 0
+    assert [trace["name"] for trace in traces] == ["round 0", "round 1", "round 2"]
+    assert plain(traces[0]["y"])[:3] == pytest.approx([0, 5, 10])
+    for k, trace in enumerate(traces):
+        large = [i for i, size in enumerate(trace["marker"]["size"]) if size > 5]
+        assert large == [i for i in range(21) if (i + k) % 3 == 0 and i != 1]  # layer 1 was pooled by hand
+        assert all(plain(trace["y"])[i] == 0 for i in large)
     assert "2 (by hand)" in page
 
 

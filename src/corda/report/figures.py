@@ -185,14 +185,15 @@ def layer_map(run: Run, what: Quantity) -> go.Figure:
 
 
 def candidate_scores(run: Run) -> go.Figure:
-    """Every layer's candidate covariances: how far each one's score lies above the layer's lowest, and which is taken.
+    """Every layer's candidate covariances: how far each one's score lies above the layer's lowest.
 
-    Layers stand in module order, ticks at the first layer of a block.
+    Large markers are taken. Layers stand in module order, ticks at the first layer of a block.
     """
     layers = [(i, layer) for i, layer in enumerate(run.layers) if layer.get("scores")]
     figure = go.Figure()
     for k in range(max(len(layer["scores"]) for _, layer in layers)):
         having = [(i, layer) for i, layer in layers if k < len(layer["scores"])]
+        taken = [layer["chosen"] == k for _, layer in having]
         figure.add_scatter(
             name=f"round {k}",
             mode="markers",
@@ -200,22 +201,19 @@ def candidate_scores(run: Run) -> go.Figure:
             y=[excess(layer["scores"])[k] for _, layer in having],
             text=[f"{html.escape(layer['name'])}<br>score {layer['scores'][k]:.4g}" for _, layer in having],
             hovertemplate="%{text}, %{y:.2f} % above the lowest",
-            marker={"color": COLOURS[k % len(COLOURS)], "size": 6, "symbol": _SYMBOLS[k % len(_SYMBOLS)]},
+            cliponaxis=False,
+            marker={
+                "color": COLOURS[k % len(COLOURS)],
+                "symbol": _SYMBOLS[k % len(_SYMBOLS)],
+                "size": [9 if one else 5 for one in taken],
+                "opacity": [1.0 if one else 0.8 for one in taken],
+                "line": {"width": 0},
+            },
         )
-    taken = [(i, layer) for i, layer in layers if layer["chosen"] is not None]
-    figure.add_scatter(
-        name="taken",
-        mode="markers",
-        x=[i for i, _ in taken],
-        y=[excess(layer["scores"])[layer["chosen"]] for _, layer in taken],
-        hoverinfo="skip",
-        cliponaxis=False,
-        marker={"symbol": "circle-open", "size": 11, "color": "#888888", "line": {"width": 1.5}},
-    )
     blocks = [block for block, _ in locate([layer["name"] for layer in run.layers])]
     starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
     starts = starts[:: -(-len(starts) // _TICKS)]
-    figure.update_layout(_layout(360))
+    figure.update_layout(_layout(360), legend_itemsizing="constant")
     figure.update_xaxes(title="block", tickvals=starts, ticktext=[blocks[i] for i in starts])
     figure.update_yaxes(title="score above the lowest, %", rangemode="tozero")
     return figure

@@ -93,7 +93,7 @@ def layers_section(runs: Sequence[Run]) -> str:
         parts.append(f'<div class="maps">{"".join(_maps(run, i, with_ranks=not same))}</div>')
         drawn.setdefault(ranks, run.label)
         if any(layer.get("scores") for layer in run.layers):
-            caption = "Score of each round's covariance, above the lowest of its layer; circles: taken"
+            caption = "Score of each round's covariance, above the lowest of its layer; large markers: taken"
             parts.append(figure(f"scores{i}", figures.candidate_scores(run), caption))
         surveyed = any(layer.get("log_pi") is not None for layer in run.layers)
         columns = _FACTS | (_SURVEYED if surveyed else {})

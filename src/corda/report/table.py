@@ -76,13 +76,15 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 
 def context_table(facts: Mapping[str, Any]) -> Table:
-    """A context's facts, a row per distinct input; where rounds differ, the least and the most of them."""
+    """A context's facts, a row per distinct input; where rounds differ, their mean or the least and the most."""
     rounds = "1 round" if facts["rounds"] == 1 else f"{facts['rounds']} rounds"
     table = _table(f"Context, {rounds}, {facts['layers']} layers, {len(facts['inputs'])} distinct inputs")
-    table.caption = f"eff. rank: (tr C)² / ‖C‖², between 1 and the width\n{kept_sentence(facts['kept'])}"
+    table.caption = (
+        f"tr C / d: mean diagonal; eff. rank: (tr C)² / ‖C‖², between 1 and the width\n{kept_sentence(facts['kept'])}"
+    )
     names, prefix = own_parts([one["group"] for one in facts["inputs"]])
     table.add_column(f"input of, {prefix}", overflow="fold")
-    for column in ("layers", "width", "tokens", "mean diag C", "eff. rank"):
+    for column in ("layers", "width", "tokens", "tr C / d", "eff. rank"):
         table.add_column(column, justify="right")
     for name, one in zip(names, facts["inputs"], strict=True):
         table.add_row(
@@ -90,7 +92,7 @@ def context_table(facts: Mapping[str, Any]) -> Table:
             str(len(one["layers"])),
             str(one["d_in"]),
             _span(one["tokens"], "{:,}"),
-            _span(one["mean_diagonal"], "{:.3g}"),
+            f"{sum(one['mean_diagonal']) / len(one['mean_diagonal']):.3g}",
             _span(one["effective_rank"], "{:.1f}"),
         )
     return table
