@@ -78,17 +78,17 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
         moved), norm_A, norm_B (Frobenius) and parameters.
 
     Raises:
-        ArtifactError: no adapter here, another kind of adapter, pickled weights, or factors that do not fit together.
+        ArtifactError: no adapter here, another kind of adapter, weights in a .bin file, or factors that do not fit together.
     """
     config = _config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+        old = (folder / "adapter_model.bin").is_file()
         raise ArtifactError(
-            "the adapter's weights are pickled, which are never read" if pickled else "the adapter has no weights",
+            "the adapter's weights are in a .bin file, which may hold code" if old else "the adapter has no weights",
             where=str(folder),
             expected="adapter_model.safetensors",
-            fix="load it with PEFT and save it again" if pickled else "name the folder that was saved or exported",
+            fix="load it with PEFT and save it again" if old else "name the folder that was saved or exported",
         )
     try:
         tensors = load_file(file)
