@@ -78,7 +78,8 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
         moved), norm_A, norm_B (Frobenius) and parameters.
 
     Raises:
-        ArtifactError: no adapter here, another kind of adapter, weights in a .bin file, or factors that do not fit together.
+        ArtifactError: no adapter here, another kind of adapter, weights in a .bin file, or factors that do not
+            fit together.
     """
     config = _config(folder)
     file = folder / "adapter_model.safetensors"
