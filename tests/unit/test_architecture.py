@@ -82,6 +82,7 @@ def test_mathematics_imports_torch_alone():
             "typing",
             "collections",
             "functools",
+            "itertools",
             "contextlib",
             "torch",
             "corda",

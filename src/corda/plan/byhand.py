@@ -72,9 +72,7 @@ def with_ranks_by_hand(layers: Mapping[str, LayerPlan], options: AdapterOptions)
     edited = sum(layer.edited for layer in done.values())
     if not edited:
         return done, ""
-    return done, (
-        f"{CHANGED} {edited} of {len(done)} layers: {after:,} trainable parameters, {before:,} without it"
-    )
+    return done, (f"{CHANGED} {edited} of {len(done)} layers: {after:,} trainable parameters, {before:,} without it")
 
 
 def by_hand(options: AdapterOptions, layer: str) -> LayerRank:
