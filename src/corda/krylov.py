@@ -24,6 +24,9 @@ GRAM_CONDITION_LIMIT = 1e6
 # Beyond this condition of M its small end is not in an M formed in fp32, of which about (1e-6 cond)² would be lost.
 FLOAT_CONDITION_LIMIT = 1e4
 
+# Pivots this far below the largest are zero to fp64.
+_SINGULAR = 1e-13
+
 # Takes an orthonormal block Q (n, k); returns the block Z (n, k) that joins the search space, Mᵀ Z (d, k), and S Q.
 Expand = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 # The directions of extreme ‖Mᵀ u‖ in the span of a space (n, w), given Mᵀ space (d, w), r and which end.
@@ -178,6 +181,26 @@ def smallest(R: Tensor, metric: Metric, rank: int, *, triangular: bool = False) 
     exact = float((P if F is None else P @ F).norm())
     agrees = abs(exact - float(found.sigma.norm())) <= 1e-4 * exact
     return found if agrees else replace(found, converged=False)
+
+
+def smallest_of_triangle(L: Tensor, rank: int) -> Found | None:
+    """The r smallest components of a lower triangular L (n, n) fp64, to the limits of fp64.
+
+    None where L is singular to fp64, where the iteration stalls, or where its energies are not those of its vectors.
+    """
+    diagonal = L.diagonal().abs()
+    if not float(diagonal.min()) > _SINGULAR * float(diagonal.max()):
+        return None
+
+    def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        half = torch.linalg.solve_triangular(L, Q, upper=False)
+        Z = torch.linalg.solve_triangular(L.T, half, upper=True)
+        return Z, half, Z
+
+    found = extreme(expand, _smallest_of, L.shape[0], rank, dtype=L.dtype, device=L.device, tolerance=1e-9)
+    exact = (found.U.T @ L).norm(dim=1).sort().values
+    agrees = bool(((exact - found.sigma).abs() <= 1e-3 * exact).all()) and bool(torch.isfinite(exact).all())
+    return found if found.converged and agrees else None
 
 
 def _square(R: Tensor, metric: Metric, triangular: bool) -> Expand | None:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 _MIN_BLOCK = 128
-_BLOCKS = 8
+_BLOCKS = 6
 _STRIP = 256
 
 
 class Accumulator:
     """The second moment of one distinct layer input.
 
-    The upper triangle is summed in 8 block columns, 56 % of the full product. Sums are fp32: with T tokens in
+    The upper triangle is summed in 6 block rows, 58 % of the full product. Sums are fp32: with T tokens in
     batches of t, the error of an entry against fp64 is at most about (t + T/t) · 2⁻²⁴ of √(C_ii C_jj) T, and in
     practice near √(t + T/t) · 2⁻²⁴, because batches are added once each.
 
@@ -35,12 +35,12 @@ class Accumulator:
             x = x.to(torch.float32)
         for start in range(0, d, step):
             end = min(start + step, d)
-            block = self.total[:end, start:end]
+            block = self.total[start:end, start:]
             if exact_products:
                 # The product of two bf16 numbers is exact in fp32, so tensor cores lose nothing here.
-                block += torch.mm(x[:, :end].T, x[:, start:end], out_dtype=torch.float32)
+                block += torch.mm(x[:, start:end].T, x[:, start:], out_dtype=torch.float32)
             else:
-                block.addmm_(x[:, :end].T, x[:, start:end])
+                block.addmm_(x[:, start:end].T, x[:, start:])
         self.tokens += x.shape[0]
 
     def finite(self) -> bool:

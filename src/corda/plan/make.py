@@ -19,6 +19,7 @@ from corda.metric import Metric, damping, full_precision
 from corda.plan.allocation import Candidate, allocate
 from corda.plan.byhand import by_hand, check_ranks_by_hand, round_by_hand, with_ranks_by_hand
 from corda.plan.compactness import Compactness, compactness, from_spectrum
+from corda.plan.parallel import each
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
 from corda.progress import Progress, silent
@@ -77,12 +78,14 @@ def make_plan(
 
     work = _Work(context, options, selection, weight, device, journal)
     groups = context.members()
+    small = device.type == "cpu" and max(min(spec.d_out, spec.d_in) for spec in specs) <= linalg.EXACT_LIMIT
     with torch.no_grad(), full_precision():
         if selection == "dynamic" or options.allocation == "dynamic":
+            found = each(lambda item: work.survey(*item), list(groups.items()), side_by_side=small)
             surveyed = {
                 layer.name: (layer, spectrum)
-                for group, members in progress(groups.items(), "survey", len(groups))
-                for layer, spectrum in work.survey(group, members)
+                for survey in progress(found, "survey", len(groups))
+                for layer, spectrum in survey
             }
             ranks = _ranks(surveyed, options, rank)
             blank = {name: replace(layer, rank=ranks[name]) for name, (layer, _) in surveyed.items()}
@@ -91,11 +94,9 @@ def make_plan(
             blank = {name: replace(layer, chosen=taken) for name, layer in blank.items()}
         blank = {spec.name: work.with_round_by_hand(spec, blank[spec.name]) for spec in specs}
         blank, changed = with_ranks_by_hand(blank, options)
-        parts = {
-            part.layer.name: part
-            for group, members in progress(groups.items(), "decompose", len(groups))
-            for part in work.factorise(group, [(spec, blank[spec.name]) for spec in members])
-        }
+        todo = [(group, [(spec, blank[spec.name]) for spec in members]) for group, members in groups.items()]
+        made = each(lambda item: work.factorise(*item), todo, side_by_side=small)
+        parts = {part.layer.name: part for some in progress(made, "decompose", len(groups)) for part in some}
     ordered = [parts[spec.name] for spec in specs]
     dead = sum(part.layer.dead for part in ordered)
     notes = [changed] if changed else []
@@ -277,7 +278,7 @@ def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, opt
         raise PlanError("a layer cannot be decomposed", where=spec.name, got=error) from None
     A, B, dead = linalg.factors(W, found, scaling=scaling(options, layer.rank), balance=options.balance)
     values = found.spectrum if found.spectrum is not None else found.sigma
-    total = float(metric.root(W).double().square().sum())
+    total = float((found.spectrum if found.spectrum is not None else metric.root(W)).double().square().sum())
     layer = replace(
         layer,
         damping=metric.lam,
