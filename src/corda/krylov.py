@@ -84,6 +84,7 @@ def extreme(
     """
     block = min(n, rank // 2 + 8)
     limit = min(n, max_width or 6 * rank + 64)
+    wide = 3 if tolerance > 1e-6 else 6  # from here on, in half ranks, a look at the energy is worth its cost
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(n, block, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
     fresh: Tensor = torch.linalg.qr(start)[0]
@@ -96,7 +97,7 @@ def extreme(
         spaces.append(space)
         images.append(image)
         width = basis.shape[1]
-        if width >= min(rank + rank // 2, n):
+        if width >= min(wide * rank // 2, n):
             U, sigma = ritz(torch.cat(spaces, dim=1), torch.cat(images, dim=1), rank)
             energies.append(float(sigma.norm()))
             excess = 0.0 if width >= n else _remaining(energies)

@@ -71,7 +71,8 @@ class Reduced:
             lifted = self.tall @ torch.linalg.solve_triangular(self.R, U, upper=True)
             # Orthonormal to cond(W)² eps already: the QR changes no direction beyond that, and signs are taken back.
             Q, T = torch.linalg.qr(lifted)
-            return Q * T.diagonal().sign()
+            signed: Tensor = Q * T.diagonal().sign()
+            return signed
         return U if self.Q is None else self.Q @ U
 
 
