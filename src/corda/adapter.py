@@ -55,21 +55,20 @@ class Difference(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """orig_weight + s (B A - B0 A0), in the layer's own layout."""
+        """orig_weight + s (B A - B0 A0), in the layer's own layout, rounded once to its dtype."""
         delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
-        return orig_weight + delta.to(orig_weight.dtype)
+        return (orig_weight + delta).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """The same in place."""
-        delta = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
-        orig_weight.data += delta.to(orig_weight.dtype)
+        orig_weight.data.copy_(Difference.merge_safe(module, active_adapter, orig_weight.data))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """Take the merged difference out again."""
         delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
-        return orig_weight - delta.to(orig_weight.dtype)
+        return (orig_weight - delta).to(orig_weight.dtype)
 
 
 class _ExactSaving:
@@ -155,9 +154,9 @@ def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
         use_rslora=options.use_rslora,
         lora_dropout=options.lora_dropout,
         target_modules=target_names(model, list(ranks)),
-        rank_pattern={_exact_key(model, name): rank for name, rank in ranks.items() if rank != r},
+        rank_pattern={exact_key(model, name): rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={
-            _exact_key(model, name): _whole(plan.scaling(rank) * (rank**0.5 if options.use_rslora else rank))
+            exact_key(model, name): _whole(plan.scaling(rank) * (rank**0.5 if options.use_rslora else rank))
             for name, rank in ranks.items()
             if rank != r
         },
@@ -234,7 +233,8 @@ def target_names(model: nn.Module, names: Sequence[str]) -> list[str] | str:
     return "|".join(re.escape(name) for name in sorted(wanted))
 
 
-def _exact_key(model: nn.Module, name: str) -> str:
+def exact_key(model: nn.Module, name: str) -> str:
+    """The key by which PEFT's patterns match the layer of this name and no other."""
     clash = any(other.endswith("." + name) for other, _ in model.named_modules())
     return f"^{re.escape(name)}" if clash else name
 

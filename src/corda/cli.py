@@ -14,7 +14,8 @@ from rich.console import Console
 from corda import __version__
 from corda.errors import ArtifactError, CordaError
 from corda.progress import shown
-from corda.recipe import Recipe, load_recipe
+from corda.reading import load_recipe
+from corda.recipe import Recipe
 
 if TYPE_CHECKING:
     from corda.pipeline import Stages
@@ -37,6 +38,12 @@ Overrides = Annotated[
 ]
 RunOrRecipe = Annotated[Path, typer.Argument(help="The folder of a run, or its recipe", metavar="RUN|RECIPE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON only")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder: export.output")]
+Form = Annotated[str | None, typer.Option("--format", help="lora, residual or merged: export.format")]
+Rank = Annotated[int | None, typer.Option(help="Compress to this rank: export.rank")]
+Layout = Annotated[str | None, typer.Option(help="patterns or, for servers, uniform: export.layout")]
+MaxRank = Annotated[int | None, typer.Option(help="Largest rank that a server takes: export.max_rank")]
+Repository = Annotated[str | None, typer.Option(help="Upload there: export.push_to_hub", metavar="REPO")]
 
 
 def main() -> None:
@@ -97,7 +104,10 @@ def run(
         _print(results, True)
         return
     _print_table([results])
-    _say(parsed)
+    console = Console(soft_wrap=True)
+    if results["export"]:
+        console.print(f"Export:  {results['export']['path']}")
+    console.print(f"Report:  {parsed.output_dir / 'report.html'}")
 
 
 @app.command()
@@ -176,11 +186,51 @@ def evaluate(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
-def export(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+def export(
+    recipe: RecipeFile,
+    format_: Form = None,
+    rank: Rank = None,
+    layout: Layout = None,
+    max_rank: MaxRank = None,
+    output: Output = None,
+    push_to_hub: Repository = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
     """Write the adapter as other tools load it, and check it after reload."""
-    with _opened(recipe, set_) as stages:
-        done = stages.exported()
-        _print({k: v for k, v in done.items() if k not in {"costs", "sha256", "fingerprint"}}, as_json)
+    short = _short(format=format_, rank=rank, layout=layout, max_rank=max_rank, output=output, push_to_hub=push_to_hub)
+    with _opened(recipe, [*(set_ or []), *short]) as stages:
+        _print_export(stages.exported(), as_json)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter that PEFT saved", metavar="ADAPTER")],
+    base: Annotated[str, typer.Option(help="The original base: Hub id, folder, .gguf file or package:NAME")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to")],
+    initial: Annotated[Path | None, typer.Option(help="The adapter as it was before training")] = None,
+    residual_base: Annotated[str | None, typer.Option(help="The model that the adapter was trained on")] = None,
+    format_: Form = None,
+    rank: Rank = None,
+    layout: Layout = None,
+    max_rank: MaxRank = None,
+    push_to_hub: Repository = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override, e.g. --set model.dtype=bfloat16", metavar="KEY=VALUE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a CorDA or PiSSA adapter trained elsewhere into a plain LoRA on the original base."""
+    from corda.exporting.convert import convert as converted
+    from corda.reading import apply_overrides, parse_export, parse_model
+
+    raw: dict[str, Any] = {"model": {"model_name_or_path": base}, "export": {}}
+    short = _short(format=format_, rank=rank, layout=layout, max_rank=max_rank, push_to_hub=push_to_hub)
+    apply_overrides(raw, [*(set_ or []), *short])
+    model, options = parse_model(raw["model"]), parse_export(raw["export"])
+    _quiet()
+    done = converted(adapter, model, output, options, initial=initial, residual_base=residual_base)
+    _print_export(done.as_json(), as_json)
 
 
 @app.command()
@@ -289,6 +339,11 @@ def _folder(run: Path, overrides: list[str] | None) -> Path:
     return _load(run, overrides).output_dir if run.is_file() else run
 
 
+def _short(**options: object) -> list[str]:
+    """Short-hands of --set export.KEY=VALUE."""
+    return [f"export.{key}={json.dumps(value, default=str)}" for key, value in options.items() if value is not None]
+
+
 def _check(recipe: Recipe) -> dict[str, Any]:
     from corda.inputs import Inputs
 
@@ -325,13 +380,18 @@ def _warn(warnings: list[str]) -> None:
         typer.echo(f"Warning: {warning}")
 
 
+def _print_export(done: dict[str, Any], as_json: bool) -> None:
+    """An export; for people without what each layer lost, which its manifest holds."""
+    facts = {key: value for key, value in done.items() if key != "costs"}
+    if not as_json:
+        for key, value in facts.items():
+            if isinstance(value, dict):
+                facts[key] = {name: item for name, item in value.items() if name != "lost_energy_of_layers"}
+        facts = {key: value for key, value in facts.items() if value is not None}
+    _print(facts, as_json)
+
+
 def _print_table(results: list[dict[str, Any]]) -> None:
     from corda.report.table import scores_table
 
     Console().print(scores_table(results))
-
-
-def _say(recipe: Recipe) -> None:
-    console = Console(soft_wrap=True)
-    console.print(f"Adapter: {recipe.output_dir / 'adapter'}")
-    console.print(f"Report:  {recipe.output_dir / 'report.html'}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,8 @@ from corda.data import sources
 from corda.data.batches import load_records
 from corda.data.formats import Record, render
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
+from corda.exporting.hub import refuse_without_token
+from corda.exporting.update import refuse_rank
 from corda.plan.byhand import by_hand, check_ranks_by_hand
 from corda.plan.make import uniform_rank
 from corda.recipe import Recipe
@@ -100,19 +102,41 @@ class Inputs:
             "train": train,
             "before": before,
             "after": after,
-            "export": artifact.fingerprint("export", train, r.export.model_dump(mode="json")),
+            "export": artifact.fingerprint("export", train, r.export.content(), self._export_place()),
         }
+
+    def _export_place(self) -> str | None:
+        """A residual export's adapter names its base by its path; the other formats depend on no place."""
+        return str(self.recipe.export_folder().resolve()) if self.recipe.export.format == "residual" else None
+
+    def check_export(self, ranks: Mapping[str, int]) -> None:
+        """Refuse an export that could not be written after training.
+
+        Args:
+            ranks: Layer name -> rank of the adapter.
+
+        Raises:
+            RecipeError: the exported adapter would have a larger rank than export.max_rank.
+            ResourceError: an upload is asked for and there is no access token.
+        """
+        options = self.recipe.export
+        doubled = options.format == "lora" and self.recipe.adapter.mode != "lora"
+        refuse_rank({name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, options)
+        if options.push_to_hub is not None:
+            refuse_without_token(options.push_to_hub)
 
     def check(self) -> dict[str, Any]:
         """Everything that can be found wrong before a weight is loaded.
 
         Raises:
-            CordaError: whatever is wrong with model, data, targets or rank.
+            CordaError: whatever is wrong with model, data, targets, rank or export.
         """
         targets = self.targets
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
         rank = uniform_rank(targets, self.recipe.adapter)
         ranks = {t.name: by_hand(self.recipe.adapter, t.name).rank or rank for t in targets}
+        dynamic = self.recipe.adapter.allocation == "dynamic"
+        self.check_export({} if dynamic else ranks)
         used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
         if self.context_records:
             used["the calibration data"] = self.context_records

@@ -21,13 +21,15 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda import adapter, artifact, exporting, models, training
+from corda import adapter, artifact, models, training
 from corda.context import collect, store
 from corda.context.store import Context
 from corda.data.batches import calibration_rounds, encode, pad_id
 from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
 from corda.evaluation.scores import change
+from corda.exporting import export as exporting
+from corda.exporting.check import probe_logits
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
@@ -176,6 +178,7 @@ class Stages:
         if found is not None:
             return found
         r = self.recipe
+        self.inputs.check_export({layer.name: layer.rank for layer in self.plan().layers})
         model, step0 = self._attach()
         encoded = [
             encode(record, self.inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
@@ -207,29 +210,31 @@ class Stages:
         return self._scores(found) if found else self._measure("after", self._tuned())
 
     def exported(self) -> dict[str, Any]:
-        """The adapter as other tools load it, compared after reload."""
-        r = self.recipe
+        """The adapter as other tools load it, compared after reload; uploaded where that is asked for."""
+        r, folder = self.recipe, self.recipe.export_folder()
         if r.export.format == "none":
             return {}
-        marker = self.folder / "export.json"
-        key = self.inputs.fingerprints["export"]
-        if marker.is_file() and (self.folder / "adapter" / "adapter_config.json").is_file():
-            known = artifact.read_json(marker)
-            if known.get("fingerprint") == key and known["sha256"] == self._adapter_hash():
-                return dict(known)
-        model = self._tuned()
-        with self.meter.stage("export"):
-            done = exporting.export(
-                model,
-                self.folder / "adapter",
-                fresh_base=lambda: models.load(r.model).model,
-                probe=self._probe(),
-                tolerance=r.export.tolerance,
-                card=model_card(r, self.plan(), self.inputs.source),
-            )
-        result = done.as_json() | {"fingerprint": key, "sha256": self._adapter_hash(), **self._costs("export")}
-        artifact.write_json(marker, result)
-        return result
+        key, book = self.inputs.fingerprints["export"], self.folder / "export.json"
+        known = artifact.read_json(book) if book.is_file() else {}
+        done = exporting.finished(folder, key)
+        if done is None:
+            model = self._tuned()
+            with self.meter.stage("export"):
+                done = exporting.export(
+                    model,
+                    folder,
+                    r.export.model_copy(update={"push_to_hub": None}),
+                    fresh_base=lambda: models.load(r.model).model,
+                    probe=self._probe(),
+                    records=self._measured_on() if r.export.rank is not None else (),
+                    tokenizer=self.inputs.tokenizer,
+                    card=model_card(r, self.plan(), self.inputs.source),
+                    fingerprint=key,
+                )
+            known[key] = self._costs("export")
+        known[key] = known.get(key, {}) | exporting.published(done, r.export).as_json()
+        artifact.write_json(book, known)
+        return dict(known[key])
 
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""
@@ -256,7 +261,7 @@ class Stages:
             "train": curve | {"steps": curve["step"][-1] if curve["step"] else 0},
             "scores": {"before": _flat(before), "after": _flat(after), "change": _changes(before, after)},
             "answers": {"before": dict(before.answers), "after": dict(after.answers)},
-            "export": {k: v for k, v in exported.items() if k not in {"costs", "sha256", "fingerprint"}},
+            "export": {k: v for k, v in exported.items() if k != "costs"},
             "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
             "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
             "warnings": [*plan.warnings, *trained.manifest["warnings"]],
@@ -284,7 +289,7 @@ class Stages:
     def _attach(self) -> tuple[PeftModel, dict[str, Any]]:
         plan, base = self.plan(), self._base()
         probe = self._probe()
-        reference = exporting.probe_logits(base, probe)
+        reference = probe_logits(base, probe)
         dtype = base.dtype
         base.eval()
         model = adapter.attach(base, plan, base=self.recipe.adapter.base, seed=self.recipe.seed)
@@ -294,7 +299,7 @@ class Stages:
             for module in model.modules():
                 if isinstance(module, LoraLayer):  # the base's own dropout is none of the adapter's business
                     module.train(mode == "train")
-            differences[mode] = adapter.relative_difference(exporting.probe_logits(model, probe), reference)
+            differences[mode] = adapter.relative_difference(probe_logits(model, probe), reference)
         model.eval()
         largest = max(differences.values())
         tolerance = STEP0_TOLERANCE.get(dtype, _LOOSE)
@@ -351,8 +356,12 @@ class Stages:
         ids = torch.tensor([row.ids[:width] for row in rows])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def _adapter_hash(self) -> str:
-        return artifact.file_hash(self.folder / "adapter" / "adapter_model.safetensors")
+    def _measured_on(self) -> list[dict[str, Tensor]]:
+        """Some records of what the context came from and of the training data, one by one, without padding."""
+        data = self.recipe.data
+        records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
+        rows = [encode(record, self.inputs.tokenizer, template=data.template, max_length=256) for record in records]
+        return [{"input_ids": torch.tensor([row.ids])} for row in rows]
 
 
 def _changes(before: Scores, after: Scores) -> dict[str, Any]:

@@ -1,17 +1,13 @@
-"""The recipe: every option, its default and its help, once. YAML files and `--set` are read into it."""
+"""The recipe: every option, its default and its help, once."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corda.errors import RecipeError
 from corda.ranks import Ranks
 
 Mode = Literal["kpm", "ipm", "lora"]
@@ -22,20 +18,11 @@ Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
+ExportFormat = Literal["lora", "residual", "merged", "none"]
+Layout = Literal["patterns", "uniform"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
-
-
-# Fields of TRL's that corda sets from elsewhere in the recipe.
-_SET_BY = {
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "use_cpu": "model.device",
-    "max_length": "data.max_length",
-    "save_strategy": "training.save_steps",
-}
 
 
 class _Strict(BaseModel):
@@ -181,7 +168,7 @@ class TrainingOptions(BaseModel):
     @classmethod
     def _numbers(cls, value: object) -> object:
         """YAML 1.1 reads 1e-8 as a string."""
-        return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return {k: number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 class EvaluationTask(_Strict):
@@ -218,12 +205,55 @@ class EvaluationOptions(_Strict):
 
 
 class ExportOptions(_Strict):
-    """What leaves the run."""
+    """What leaves the run, in which form, and where to."""
 
-    format: Literal["lora", "none"] = Field("lora", description="lora: plain LoRA on the original base")
-    tolerance: float | None = Field(
-        None, gt=0, description="largest relative logit difference after reload; default 1e-4, 5e-2 for 16-bit bases"
+    format: ExportFormat = Field(
+        "lora",
+        description="lora: plain LoRA on the original base; residual: the papers' residual base with its adapter; "
+        "merged: full weights; none",
     )
+    rank: PositiveInt | None = Field(
+        None, description="lora: best approximation of this rank per layer; default: exact, twice the adapter's rank"
+    )
+    layout: Layout = Field(
+        "patterns", description="patterns: a rank per layer, for PEFT; uniform: one rank and alpha, for servers"
+    )
+    max_rank: PositiveInt | None = Field(None, description="largest rank that your server takes; more is an error")
+    output: Path | None = Field(None, description="folder; default: adapter, residual or merged in output_dir")
+    max_shard_size: str = Field("5GB", description="largest file of full weights")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest relative logit difference after reload; default 1e-5, or for a 16-bit base 3 times what "
+        "one random rounding of each adapted layer's output does",
+    )
+    push_to_hub: str | None = Field(None, description="Hub repository to upload to, e.g. me/adapter, after the check")
+    hub_private_repo: bool | None = Field(None, description="create that repository private; default: the Hub's own")
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _repository(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", value):
+            raise ValueError("a Hub repository is OWNER/NAME")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> ExportOptions:
+        adapter = self.format in {"lora", "residual"}
+        for name, needs, has in (
+            ("rank", self.format == "lora", self.rank is not None),
+            ("layout", adapter, self.layout != "patterns"),
+            ("max_rank", adapter, self.max_rank is not None),
+        ):
+            if has and not needs and self.format != "none":
+                raise ValueError(f"{name} has no meaning for format {self.format!r}")
+        if self.rank is not None and self.max_rank is not None and self.rank > self.max_rank:
+            raise ValueError("rank is above max_rank")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """What the files depend on, without where they go."""
+        return self.model_dump(mode="json", exclude={"output", "push_to_hub", "hub_private_repo"})
 
 
 class Recipe(_Strict):
@@ -247,11 +277,17 @@ class Recipe(_Strict):
             raise ValueError("training.decay_to_init needs initial factors, which mode lora has not")
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
+        if self.export.format == "residual" and self.adapter.mode == "lora":
+            raise ValueError("export.format residual needs initial factors, which mode lora has not")
         return self
 
     def context_source(self) -> DataSource | None:
         """The data set that the covariances come from, or None for plain LoRA."""
         return {"kpm": self.data.keep, "ipm": self.data.learn, "lora": None}[self.adapter.mode]
+
+    def export_folder(self) -> Path:
+        """Where the export goes."""
+        return self.export.output or self.output_dir / {"lora": "adapter"}.get(self.export.format, self.export.format)
 
     def identity(self) -> dict[str, Any]:
         """What makes an output folder this run's; other settings may change and redo what depends on them."""
@@ -267,133 +303,8 @@ class Recipe(_Strict):
         return self.model_dump(mode="json")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `key.sub=value` overrides.
-
-    Raises:
-        RecipeError: the file is missing or not YAML, or one or several keys or values are wrong; all are named.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError("the recipe does not exist", where=str(path), fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
-    if not isinstance(raw, dict):
-        raise RecipeError("the recipe is not a mapping", where=str(path), got=type(raw).__name__)
-    apply_overrides(raw, overrides)
-    return parse_recipe(raw, str(path))
-
-
-def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `key.sub=value` items in a raw recipe; values are read as YAML.
-
-    Raises:
-        RecipeError: an item is not of that form.
-    """
-    for item in overrides:
-        _apply_override(raw, item)
-
-
-def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a mapping as a recipe; `where` names its origin in messages.
-
-    Raises:
-        RecipeError: with every problem found, and a suggestion for each unknown key.
-    """
-    problems: list[str] = []
-    recipe: Recipe | None = None
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        problems += [_describe(dict(problem)) for problem in error.errors()]
-    training = raw.get("training")
-    if isinstance(training, Mapping):
-        problems += _unknown_training_keys(training)
-    if problems or recipe is None:
-        raise RecipeError(
-            f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe: " + "; ".join(problems),
-            where=where,
-            fix="correct the named keys; `corda run RECIPE --dry-run` checks again without loading a model",
-        )
-    return recipe
-
-
-def parse_adapter(settings: Mapping[str, Any]) -> AdapterOptions:
-    """Adapter options by name, as Python callers give them.
-
-    Raises:
-        RecipeError: with every problem found, and a suggestion for each unknown name.
-    """
-    try:
-        return AdapterOptions.model_validate(dict(settings))
-    except ValidationError as error:
-        problems = [_describe(dict(problem), ["adapter"]) for problem in error.errors()]
-        raise RecipeError("; ".join(problems), where="adapter options") from None
-
-
-def _apply_override(raw: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals or not key:
-        raise RecipeError("an override is not of the form key=value", where="--set", got=repr(item))
-    try:
-        value = _number(yaml.safe_load(text))
-    except yaml.YAMLError:
-        value = text
-    node = raw
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if isinstance(child, str):
-            child = node[parent] = {"dataset": child}
-        if not isinstance(child, dict):
-            raise RecipeError("an override goes below a value", where=f"--set {item}", got=f"{parent}={child!r}")
-        node = child
-    node[last] = value
-
-
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """The number that a text like 1e-8 means, which YAML 1.1 reads as a string; anything else as it is."""
     if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
         return value
     return float(value)
-
-
-def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
-    location = [*inside, *(str(part) for part in problem["loc"])]
-    key = ".".join(location) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggest(location[-1], _fields_at(location[:-1]))}"
-    if problem["type"] == "missing":
-        return f"missing key {key!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
-    return f"{key}: {message}{shown}"
-
-
-def _suggest(word: str, candidates: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(candidates))})"
-
-
-def _fields_at(location: Sequence[str]) -> list[str]:
-    node: Any = Recipe
-    for part in location:
-        fields = getattr(node, "model_fields", None)
-        node = fields[part].annotation if fields and part in fields else node
-        while get_origin(node) is not None:  # Optional[...], dict[str, Task]
-            inner = [arg for arg in get_args(node) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-            node = inner[0] if inner else Recipe
-            if get_origin(node) is Union:
-                break
-    return list(getattr(node, "model_fields", {}))
-
-
-def _unknown_training_keys(training: Mapping[str, Any]) -> list[str]:
-    extra = [key for key in training if key not in TrainingOptions.model_fields]
-    if not extra:
-        return []
-    from trl import SFTConfig  # slow to import, so only where a key has to be looked up
-
-    known = [*SFTConfig.__dataclass_fields__, *TrainingOptions.model_fields]
-    ours = [f"'training.{key}' is set by {_SET_BY[key]}" for key in extra if key in _SET_BY]
-    return ours + [f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in known]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from corda import artifact, journal, pipeline, training
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
 from corda.inputs import Inputs
-from corda.recipe import parse_recipe
+from corda.reading import parse_recipe
 
 REQUIRED = {"schema", "recipe", "model", "plan", "step0", "train", "scores", "export", "timing", "memory", "provenance"}
 

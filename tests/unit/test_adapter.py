@@ -13,7 +13,7 @@ from corda import adapter
 from corda.adapter import INITIAL, attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError, PlanError
-from corda.exporting import export
+from corda.exporting.export import export
 from corda.plan.make import make_plan
 from corda.targets import weight_of
 

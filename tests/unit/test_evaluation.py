@@ -15,7 +15,8 @@ from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap
 from corda.evaluation.generation import exact_match, generate, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
 from corda.evaluation.scores import change, mean, ratio
-from corda.recipe import DataSource, parse_recipe
+from corda.reading import parse_recipe
+from corda.recipe import DataSource
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from corda.errors import RecipeError
-from corda.recipe import Recipe, load_recipe, parse_recipe
+from corda.reading import load_recipe, parse_recipe
+from corda.recipe import Recipe
 
 
 def test_defaults_are_filled_in_and_survive_json(raw_recipe):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corda.recipe import load_recipe
+from corda.reading import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 ABLATION = [

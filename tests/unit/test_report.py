@@ -18,7 +18,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from corda.errors import ArtifactError
-from corda.recipe import parse_recipe
+from corda.reading import parse_recipe
 from corda.report import figures
 from corda.report.layers import write_plan_page
 from corda.report.page import write_page

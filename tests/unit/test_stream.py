@@ -163,7 +163,7 @@ def test_offloaded_is_whole_with_one_block_in_memory_at_a_time(pico, model, enco
 
 def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):
     from corda import artifact, pipeline
-    from corda.recipe import parse_recipe
+    from corda.reading import parse_recipe
 
     for name, offload in (("plain", False), ("lazy", True)):
         raw = raw_recipe | {"output_dir": str(tmp_path / name)}

@@ -12,7 +12,7 @@ import yaml
 from corda import pipeline
 from corda.demo import write
 from corda.progress import Progress, silent
-from corda.recipe import apply_overrides, parse_recipe
+from corda.reading import apply_overrides, parse_recipe
 from corda.report.card import method_name
 from corda.report.page import write_page
 

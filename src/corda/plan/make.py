@@ -23,7 +23,8 @@ from corda.plan.parallel import each
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
 from corda.progress import Progress, silent
-from corda.recipe import AdapterOptions, Selection, parse_adapter
+from corda.reading import parse_adapter
+from corda.recipe import AdapterOptions, Selection
 from corda.targets import LayerSpec, weight_of
 
 _END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}

@@ -239,6 +239,8 @@ def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
     }
     if results["export"]:
         facts["relative logit difference after reload"] = f"{results['export']['max_relative_logit_difference']:.2g}"
+    if lost := results["export"].get("compression"):
+        facts[f"the same lost to export.rank {lost['rank']}"] = f"{lost['max_relative_logit_difference']:.2g}"
     return {**facts, **made, **packages, "schema of results.json": results["schema"]}
 
 

@@ -1,0 +1,156 @@
+"""The check that every export passes before it is called done: reload, run, compare logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from corda.adapter import relative_difference
+from corda.errors import CheckError, ModelError
+from corda.exporting.update import Factors
+
+# Largest max |reloaded - live| / max |live| for a base in fp32, where only the order of sums changes.
+EXACT = 1e-5
+# In 16 bits: so many times what one random rounding of each adapted layer's output does to the base's logits.
+# Merged and residual weights are rounded once, and were measured at 0.8 to 1.8 of that, over depths 2 to 8.
+ROUNDINGS = 3.0
+
+Logits = Callable[[Mapping[str, Tensor]], Tensor]
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+    """Logits on the probe, (B, L, V) fp32, on the CPU."""
+    device = next(model.parameters()).device
+    logits = model(**{name: value.to(device) for name, value in probe.items()}).logits
+    assert isinstance(logits, Tensor)
+    return logits.float().cpu()
+
+
+def spread_probe(model: nn.Module) -> dict[str, Tensor]:
+    """2 x 32 token ids spread evenly over the vocabulary."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.linspace(0, embeddings.weight.shape[0] - 1, 64).long().reshape(2, 32)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def allowed(base: PreTrainedModel, names: Iterable[str], probe: Mapping[str, Tensor]) -> float:
+    """The relative logit difference that arithmetic in the base's dtype explains.
+
+    In 16 bits a model amplifies each rounding by a factor of its own, so that is measured: every adapted layer's
+    output is multiplied by 1 + δ, δ uniform within one rounding and drawn with a fixed seed, and the change of the
+    logits times `ROUNDINGS` is allowed.
+
+    Args:
+        base: The original base.
+        names: Its adapted layers.
+        probe: What to measure on.
+    """
+    unit = torch.finfo(base.dtype).eps / 2
+    if unit < 1e-6:
+        return EXACT
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        noise = 2 * torch.rand(out.shape, generator=generator) - 1
+        return (out.float() * (1 + unit * noise.to(out.device))).to(out.dtype)
+
+    exact = probe_logits(base, probe)
+    with _hooked(base, dict.fromkeys(names, hook)):
+        return max(unit, ROUNDINGS * relative_difference(probe_logits(base, probe), exact))
+
+
+def confirm(reloaded: Tensor, expected: Tensor, tolerance: float, where: Path) -> float:
+    """max |reloaded - expected| / max |expected|, where that is small enough.
+
+    Raises:
+        CheckError: it is not.
+    """
+    found = relative_difference(reloaded, expected)
+    if not found <= tolerance:
+        raise CheckError(
+            "the export does not give the trained model's logits after reload",
+            where=str(where),
+            got=f"relative difference {found:.2g}",
+            expected=f"at most {tolerance:.2g}",
+            fix="if this model amplifies roundings so much, set export.tolerance",
+        )
+    return found
+
+
+def largest_difference(one: Logits, other: Logits, records: Sequence[Mapping[str, Tensor]]) -> tuple[float, int]:
+    """max |one - other| / max |other| over the logits of all records, and the number of tokens."""
+    apart = scale = 0.0
+    tokens = 0
+    for record in records:
+        expected = other(record)
+        apart = max(apart, float((one(record) - expected).abs().max()))
+        scale = max(scale, float(expected.abs().max()))
+        tokens += record["input_ids"].numel()
+    return apart / scale, tokens
+
+
+@contextmanager
+def added(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Inside, each named layer's output is increased by B A x, computed in fp32; independent of PEFT."""
+
+    def hook(pair: Factors) -> Hook:
+        def add(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            A, B = (factor.to(out.device) for factor in pair)
+            more: Tensor = args[0].to(A.dtype) @ A.T @ B.T
+            return (out + more).to(out.dtype)
+
+        return add
+
+    with _hooked(model, {name: hook(pair) for name, pair in factors.items()}):
+        yield
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path], PreTrainedModel]:
+    """What loads a model from its folder as its users do, in the dtype and on the device of another."""
+    ours = type(like).__module__.startswith("transformers.")
+    loader = AutoModelForCausalLM if ours and task_type == "CAUSAL_LM" else type(like)
+    dtype, device = like.dtype, like.device
+
+    def load(folder: Path) -> PreTrainedModel:
+        model: PreTrainedModel = loader.from_pretrained(str(folder), dtype=dtype)
+        return model.to(device).eval()
+
+    return load
+
+
+def again(base: PreTrainedModel) -> Callable[[], PreTrainedModel]:
+    """What loads the original weights of a model once more, from where it came.
+
+    Raises:
+        ModelError: it did not come from anywhere.
+    """
+    parameter = next(base.parameters())
+    if not base.name_or_path:
+        raise ModelError("the base model has no path to load it from again", fix="give export a `fresh_base`")
+    revision = getattr(base.config, "_commit_hash", None)
+
+    def load() -> PreTrainedModel:
+        model: PreTrainedModel = type(base).from_pretrained(
+            base.name_or_path, dtype=parameter.dtype, revision=revision or "main"
+        )
+        return model.to(parameter.device).eval()
+
+    return load

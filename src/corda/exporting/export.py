@@ -1,0 +1,159 @@
+"""Write a trained adapter in one of the export formats, and only call it done when its reloaded logits are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corda import artifact
+from corda.errors import AdapterError, ArtifactError
+from corda.exporting import hub
+from corda.exporting.check import again, probe_logits, spread_probe
+from corda.exporting.forms import BESIDE, FORMS, Exported, Work
+from corda.exporting.update import Compression, read_update, refuse_rank
+from corda.metric import full_precision
+from corda.reading import parse_export
+from corda.recipe import ExportOptions
+
+_KIND = "export"
+_CARD = "README.md"
+# What adapters consisted of before they had a manifest.
+_OLD_FILES = {"adapter_config.json", "adapter_model.safetensors", _CARD}
+
+
+def export(
+    model: PeftModel,
+    folder: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    fresh_base: Callable[[], PreTrainedModel] | None = None,
+    probe: Mapping[str, Tensor] | None = None,
+    records: Sequence[Mapping[str, Tensor]] = (),
+    tokenizer: Any = None,
+    card: str | None = None,
+    fingerprint: str = "",
+    **settings: Any,
+) -> Exported:
+    """Write a trained model as its options say, reload it, compare the logits; then upload it if asked to.
+
+    Args:
+        model: From `attach`, trained; unchanged.
+        folder: Where to; must not hold anything but an earlier export.
+        options: Export options.
+        fresh_base: Loads the original base once more; default: from the path that the model came from.
+        probe: Keyword arguments of a forward pass; default: 2 x 32 token ids spread over the vocabulary.
+        records: Forward passes without padding that the effect of `rank` is measured on; default: the probe.
+        tokenizer: Saved beside full weights.
+        card: Text of README.md; default: PEFT's for format lora, else none.
+        fingerprint: Of everything that the export depends on; see `finished`.
+        settings: Export options by name instead, e.g. format="merged".
+
+    Raises:
+        CheckError: the reloaded export gives other logits; nothing is left in `folder` then.
+        ArtifactError: the folder holds something else.
+        AdapterError: the format is not possible for this model.
+        RecipeError: options that do not fit each other or the adapter's rank.
+        ResourceError: not enough space, or the upload failed.
+    """
+    if options is not None and settings:
+        raise AdapterError("give export options or settings by name, not both", got=", ".join(settings))
+    options = options or parse_export(settings)
+    base, training = model.get_base_model(), model.training
+    model.eval()
+    try:
+        work = Work(
+            read_update(model),
+            lambda record: probe_logits(model, record),
+            fresh_base or again(base),
+            probe or spread_probe(base),
+            records,
+            tokenizer,
+            card,
+            fingerprint,
+        )
+        return published(write_checked(work, Path(folder), options), options)
+    finally:
+        model.train(training)
+
+
+def write_checked(
+    work: Work, folder: Path, options: ExportOptions, *, low_rank_fit: Compression | None = None
+) -> Exported:
+    """Write, reload, compare; the folder appears only when all is well.
+
+    Args:
+        work: What to write.
+        folder: Where to.
+        options: How.
+        low_rank_fit: What the update itself lost already, for the record.
+
+    Raises:
+        CheckError, ArtifactError, AdapterError, RecipeError, ResourceError: see `export`.
+    """
+    update = work.update
+    if options.format not in FORMS:
+        raise AdapterError("there is nothing to export", got=f"format {options.format!r}", expected=", ".join(FORMS))
+    if options.format == "residual" and not update.start:
+        raise AdapterError("there is no residual base without initial factors", fix="export format lora or merged")
+    terms = update.trained if options.format == "residual" else update.added
+    refuse_rank({name: pair.A.shape[0] for name, pair in terms.items()}, options)
+    _refuse_foreign(folder)
+    size = sum(4 * factor.numel() for pair in terms.values() for factor in pair)
+    with full_precision(), artifact.writing(folder, _KIND, work.fingerprint, size=size) as (temporary, manifest):
+        temporary.chmod(folder.parent.stat().st_mode & 0o777)  # temporary folders are private, an export is not
+        done = replace(FORMS[options.format](work, folder, temporary, options), low_rank_fit=low_rank_fit)
+        if work.card is not None:
+            (temporary / _CARD).write_text(work.card, encoding="utf-8")
+        manifest[_KIND] = {key: value for key, value in done.as_json().items() if key != "path"}
+    return done
+
+
+def finished(folder: Path, fingerprint: str) -> Exported | None:
+    """The export in a folder, where it depends on the same and no file but its card was changed since."""
+    if not (folder / artifact.MANIFEST).is_file():
+        return None
+    found = artifact.read(folder, _KIND, verify=False)
+    if found.fingerprint != fingerprint:
+        return None
+    for name, facts in found.manifest["files"].items():
+        path = folder / name
+        if name != _CARD and not (path.is_file() and artifact.file_hash(path) == facts["sha256"]):
+            return None
+    facts = dict(found.manifest[_KIND])
+    for key in ("compression", "low_rank_fit"):
+        facts[key] = Compression(**facts[key]) if facts[key] else None
+    return Exported(path=str(folder), **facts)
+
+
+def published(done: Exported, options: ExportOptions) -> Exported:
+    """The export, uploaded to the Hub where its options ask for that and it has not been yet.
+
+    Raises:
+        ResourceError: the upload failed.
+    """
+    if options.push_to_hub is None or done.pushed_to == options.push_to_hub:
+        return done
+    folder = Path(done.path)
+    hub.push(folder, options.push_to_hub, f"{BESIDE}/adapter_config.json", private=options.hub_private_repo)
+    manifest = artifact.read_json(folder / artifact.MANIFEST)
+    manifest[_KIND]["pushed_to"] = options.push_to_hub
+    artifact.write_json(folder / artifact.MANIFEST, manifest)
+    return replace(done, pushed_to=options.push_to_hub)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise for a folder with a file in it that no export wrote."""
+    if not folder.exists():
+        return
+    known = _OLD_FILES
+    if (folder / artifact.MANIFEST).is_file():
+        known = {artifact.MANIFEST, *artifact.read(folder, _KIND, verify=False).manifest["files"]}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else {""}
+    if not found <= known:
+        raise ArtifactError("the export folder holds something else", where=str(folder), fix="name another folder")

@@ -1,0 +1,176 @@
+"""The three forms of an export: each writes its files, reloads them as their users do, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corda import artifact
+from corda.exporting.check import (
+    Logits,
+    added,
+    allowed,
+    confirm,
+    largest_difference,
+    probe_logits,
+    reloader,
+)
+from corda.exporting.update import Compression, Update, approximate
+from corda.exporting.write import shift_weights, write_lora, write_model
+from corda.recipe import ExportOptions
+
+BESIDE = "adapter"  # folder of the adapter inside a residual base's folder
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an export is made of and compared with.
+
+    Attributes:
+        update: What training added.
+        logits: The trained model's.
+        fresh_base: Loads the original base once more.
+        probe: What reloaded logits are compared on.
+        records: What the effect of compression is measured on; default: the probe.
+        tokenizer: Saved with full weights.
+        card: Text of README.md; default: PEFT's for format lora, else none.
+        fingerprint: Of everything that the export depends on.
+    """
+
+    update: Update
+    logits: Logits
+    fresh_base: Callable[[], PreTrainedModel]
+    probe: Mapping[str, Tensor]
+    records: Sequence[Mapping[str, Tensor]] = ()
+    tokenizer: Any = None
+    card: str | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checked export.
+
+    Attributes:
+        format: "lora", "residual" or "merged".
+        path: Its folder.
+        dtype: Of the full weights in it, or of the base that the adapter was checked on.
+        max_relative_logit_difference: max |reloaded - expected| / max |expected| over the probe's logits. Expected are
+            the trained model's logits, or with `export.rank` those of the compressed factors before they were saved.
+        tolerance: What that was allowed to be.
+        rank: The largest LoRA rank in it; None for full weights.
+        layout: "patterns" or "uniform"; None for full weights.
+        compression: What `export.rank` lost; None for an exact export. See `Compression`.
+        low_rank_fit: For an adapter converted with its residual base, how well rank 2r holds their difference.
+        pushed_to: The Hub repository that it was uploaded to.
+    """
+
+    format: str
+    path: str
+    dtype: str
+    max_relative_logit_difference: float
+    tolerance: float
+    rank: int | None = None
+    layout: str | None = None
+    compression: Compression | None = None
+    low_rank_fit: Compression | None = None
+    pushed_to: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return asdict(self)
+
+
+def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
+    """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
+    fresh, update = work.fresh_base(), work.update
+    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    factors, compression = update.added, None
+    if options.rank is None:
+        expected = work.logits(work.probe)
+    else:
+        factors, compression = approximate(factors, options.rank)
+        with added(fresh, factors):
+            expected = probe_logits(fresh, work.probe)
+    rank = write_lora(
+        temporary,
+        factors,
+        fresh,
+        layout=options.layout,
+        base=update.base,
+        revision=update.revision,
+        task_type=update.task_type,
+    )
+    reloaded = PeftModel.from_pretrained(fresh, str(temporary)).eval()
+    if work.card is None:
+        reloaded.create_or_update_model_card(str(temporary))
+    done = _compared(reloaded, expected, work, folder, options.format, dtype, tolerance)
+    if compression is not None:
+        records = work.records or [work.probe]
+        apart, tokens = largest_difference(lambda record: probe_logits(reloaded, record), work.logits, records)
+        compression = compression.measured(apart, len(records), tokens)
+    return replace(done, rank=rank, layout=options.layout, compression=compression)
+
+
+def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
+    """The papers' form: the model W - s B0 A0 in the folder, and the rank-r adapter s B A in `adapter/` inside it."""
+    fresh, update = work.fresh_base(), work.update
+    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    shift_weights(fresh, update.start, -1)
+    artifact.need_disk(folder, _bytes(fresh))
+    write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
+    load = reloader(fresh, update.task_type)
+    del fresh
+    base = load(temporary)
+    rank = write_lora(
+        temporary / BESIDE,
+        update.trained,
+        base,
+        layout=options.layout,
+        base=str(folder.resolve()),
+        task_type=update.task_type,
+    )
+    reloaded = PeftModel.from_pretrained(base, str(temporary / BESIDE)).eval()
+    done = _compared(reloaded, work.logits(work.probe), work, folder, options.format, dtype, tolerance)
+    return replace(done, rank=rank, layout=options.layout)
+
+
+def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
+    """Full weights W + s (B A - B0 A0), summed in fp32 and rounded once to the base's dtype."""
+    fresh, update = work.fresh_base(), work.update
+    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    shift_weights(fresh, update.added)
+    artifact.need_disk(folder, _bytes(fresh))
+    write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
+    load = reloader(fresh, update.task_type)
+    del fresh
+    return _compared(load(temporary), work.logits(work.probe), work, folder, options.format, dtype, tolerance)
+
+
+FORMS: dict[str, Callable[[Work, Path, Path, ExportOptions], Exported]] = {
+    "lora": lora,
+    "residual": residual,
+    "merged": merged,
+}
+
+
+def _tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> float:
+    return options.tolerance or allowed(fresh, work.update.added, work.probe)
+
+
+def _compared(
+    reloaded: Any, expected: Tensor, work: Work, folder: Path, form: str, dtype: torch.dtype, tolerance: float
+) -> Exported:
+    found = confirm(probe_logits(reloaded, work.probe), expected, tolerance, folder)
+    return Exported(form, str(folder), str(dtype).removeprefix("torch."), found, tolerance)
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

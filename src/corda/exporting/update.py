@@ -1,0 +1,146 @@
+"""What training added to a model, read out as factors with all scaling folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+
+from corda import compress
+from corda.adapter import INITIAL, TRAINED
+from corda.errors import RecipeError
+from corda.recipe import ExportOptions
+
+
+class Factors(NamedTuple):
+    """A low-rank term B A of one layer, fp32, on the CPU, the LoRA scaling folded into B.
+
+    Attributes:
+        A: (k, d_in).
+        B: (d_out, k).
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an export writes, by full dotted layer name.
+
+    Attributes:
+        added: ΔW = s (B A - B0 A0), rank 2r; or s B A for plain LoRA.
+        trained: s B A, rank r.
+        start: s B0 A0, rank r; empty for plain LoRA.
+        base: Hub id or path of the original base.
+        revision: Its Hub revision.
+        task_type: PEFT's, e.g. "CAUSAL_LM".
+    """
+
+    added: Mapping[str, Factors]
+    trained: Mapping[str, Factors] = field(default_factory=dict)
+    start: Mapping[str, Factors] = field(default_factory=dict)
+    base: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What an approximation of lower rank loses.
+
+    Attributes:
+        rank: The rank asked for.
+        lost_energy: Σ ‖lost‖²_F / Σ ‖ΔW‖²_F over all layers.
+        worst_layer: The layer that loses the largest share of its own energy.
+        worst_lost_energy: That share.
+        lost_energy_of_layers: Layer name -> its share.
+        max_relative_logit_difference: max |compressed - exact| / max |exact| over the logits of all records below;
+            None before it is measured.
+        records: Records that it was measured on.
+        tokens: Tokens in them.
+    """
+
+    rank: int
+    lost_energy: float
+    worst_layer: str
+    worst_lost_energy: float
+    lost_energy_of_layers: Mapping[str, float]
+    max_relative_logit_difference: float | None = None
+    records: int = 0
+    tokens: int = 0
+
+    def measured(self, difference: float, records: int, tokens: int) -> Compression:
+        """The same with what it does to the logits."""
+        return replace(self, max_relative_logit_difference=difference, records=records, tokens=tokens)
+
+
+def read_update(model: PeftModel) -> Update:
+    """The trained update of a model from `attach`, whichever form its base has."""
+    trained, start, added = {}, {}, {}
+    for name, module in model.base_model.model.named_modules():
+        if not isinstance(module, LoraLayer) or TRAINED not in module.lora_A:
+            continue
+        now = _folded(module, TRAINED)
+        trained[name] = added[name] = now
+        if INITIAL in module.lora_A:
+            start[name] = _folded(module, INITIAL)
+            added[name] = subtract(now, start[name])
+    config = model.peft_config[TRAINED]
+    return Update(added, trained, start, config.base_model_name_or_path, config.revision, config.task_type)
+
+
+def subtract(now: Factors, start: Factors) -> Factors:
+    """Factors of the difference of two terms of the same shapes, rank 2r; see `compress.difference`."""
+    return Factors(*compress.difference(now.A, now.B, start.A, start.B))
+
+
+def approximate(added: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], Compression]:
+    """Every layer's best approximation of rank min(k, its own), with what is lost."""
+    found = {name: compress.truncate(*factors, rank) for name, factors in added.items()}
+    return {name: Factors(one.A, one.B) for name, one in found.items()}, account(found, rank)
+
+
+def account(found: Mapping[str, compress.Truncated], rank: int) -> Compression:
+    """The lost energy of approximations, per layer, the worst and in total."""
+    shares = {name: compress.share(one.lost, one.energy) for name, one in found.items()}
+    worst = max(shares, key=lambda name: shares[name])
+    total = compress.share(sum(one.lost for one in found.values()), sum(one.energy for one in found.values()))
+    return Compression(rank, total, worst, shares[worst], shares)
+
+
+def refuse_rank(ranks: Mapping[str, int], options: ExportOptions) -> None:
+    """Refuse an adapter that is larger than the servers' cap.
+
+    Args:
+        ranks: Layer name -> rank of the adapter that would be written without `export.rank`.
+        options: Of the export.
+
+    Raises:
+        RecipeError: names the largest rank and the way out.
+    """
+    if options.max_rank is None or options.format not in {"lora", "residual"} or not ranks:
+        return
+    name = max(ranks, key=lambda key: ranks[key])
+    largest = ranks[name] if options.rank is None else min(ranks[name], options.rank)
+    if largest <= options.max_rank:
+        return
+    lora = options.format == "lora"
+    raise RecipeError(
+        "the exported adapter has a larger rank than export.max_rank",
+        where=f"export.max_rank, layer {name}",
+        got=f"rank {largest}" + (", twice the trained rank: it holds the start too" if lora else ""),
+        expected=f"at most {options.max_rank}",
+        fix=f"set export.rank to {options.max_rank}, an approximation whose loss is measured"
+        if lora
+        else "lower adapter.rank, or export format lora with export.rank",
+    )
+
+
+def _folded(module: Any, name: str) -> Factors:
+    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    return Factors(A.detach().float().cpu(), (B.detach().float() * module.scaling[name]).cpu())

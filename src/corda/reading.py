@@ -1,0 +1,174 @@
+"""Read YAML files, `--set` overrides and Python settings into a recipe, with help for what is wrong in them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from corda.errors import RecipeError
+from corda.recipe import AdapterOptions, ExportOptions, ModelOptions, Recipe, TrainingOptions, number
+
+_Block = TypeVar("_Block", bound=BaseModel)
+
+# Fields of TRL's that corda sets from elsewhere in the recipe.
+_SET_BY = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "model.device",
+    "max_length": "data.max_length",
+    "save_strategy": "training.save_steps",
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or one or several keys or values are wrong; all are named.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError("the recipe does not exist", where=str(path), fix="check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
+    if not isinstance(raw, dict):
+        raise RecipeError("the recipe is not a mapping", where=str(path), got=type(raw).__name__)
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `key.sub=value` items in a raw recipe; values are read as YAML.
+
+    Raises:
+        RecipeError: an item is not of that form.
+    """
+    for item in overrides:
+        _apply_override(raw, item)
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; `where` names its origin in messages.
+
+    Raises:
+        RecipeError: with every problem found, and a suggestion for each unknown key.
+    """
+    problems: list[str] = []
+    recipe: Recipe | None = None
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [_describe(dict(problem)) for problem in error.errors()]
+    training = raw.get("training")
+    if isinstance(training, Mapping):
+        problems += _unknown_training_keys(training)
+    if problems or recipe is None:
+        raise RecipeError(
+            f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe: " + "; ".join(problems),
+            where=where,
+            fix="correct the named keys; `corda run RECIPE --dry-run` checks again without loading a model",
+        )
+    return recipe
+
+
+def parse_adapter(settings: Mapping[str, Any]) -> AdapterOptions:
+    """Adapter options by name, as Python callers give them.
+
+    Raises:
+        RecipeError: with every problem found, and a suggestion for each unknown name.
+    """
+    return _parse_block(AdapterOptions, "adapter", settings)
+
+
+def parse_export(settings: Mapping[str, Any]) -> ExportOptions:
+    """Export options by name, as Python callers give them.
+
+    Raises:
+        RecipeError: with every problem found, and a suggestion for each unknown name.
+    """
+    return _parse_block(ExportOptions, "export", settings)
+
+
+def parse_model(settings: Mapping[str, Any]) -> ModelOptions:
+    """Model options by name.
+
+    Raises:
+        RecipeError: with every problem found, and a suggestion for each unknown name.
+    """
+    return _parse_block(ModelOptions, "model", settings)
+
+
+def _parse_block(block: type[_Block], name: str, settings: Mapping[str, Any]) -> _Block:
+    try:
+        return block.model_validate(dict(settings))
+    except ValidationError as error:
+        problems = [_describe(dict(problem), [name]) for problem in error.errors()]
+        raise RecipeError("; ".join(problems), where=f"{name} options") from None
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise RecipeError("an override is not of the form key=value", where="--set", got=repr(item))
+    try:
+        value = number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        value = text
+    node = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if isinstance(child, str):
+            child = node[parent] = {"dataset": child}
+        if not isinstance(child, dict):
+            raise RecipeError("an override goes below a value", where=f"--set {item}", got=f"{parent}={child!r}")
+        node = child
+    node[last] = value
+
+
+def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
+    location = [*inside, *(str(part) for part in problem["loc"])]
+    key = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggest(location[-1], _fields_at(location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"missing key {key!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _suggest(word: str, candidates: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(candidates))})"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    node: Any = Recipe
+    for part in location:
+        fields = getattr(node, "model_fields", None)
+        node = fields[part].annotation if fields and part in fields else node
+        while get_origin(node) is not None:  # Optional[...], dict[str, Task]
+            inner = [arg for arg in get_args(node) if isinstance(arg, type) and issubclass(arg, BaseModel)]
+            node = inner[0] if inner else Recipe
+            if get_origin(node) is Union:
+                break
+    return list(getattr(node, "model_fields", {}))
+
+
+def _unknown_training_keys(training: Mapping[str, Any]) -> list[str]:
+    extra = [key for key in training if key not in TrainingOptions.model_fields]
+    if not extra:
+        return []
+    from trl import SFTConfig  # slow to import, so only where a key has to be looked up
+
+    known = [*SFTConfig.__dataclass_fields__, *TrainingOptions.model_fields]
+    ours = [f"'training.{key}' is set by {_SET_BY[key]}" for key in extra if key in _SET_BY]
+    return ours + [f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in known]
