@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from corda import linalg, pipeline
@@ -19,9 +19,11 @@ from corda.context.collect import collect
 from corda.data.batches import batches, encode
 from corda.data.formats import to_records
 from corda.errors import CalibrationError, PlanError, TargetError
+from corda.exporting.convert import convert
 from corda.metric import Metric, damping
 from corda.plan.make import make_plan
 from corda.reading import parse_recipe
+from corda.recipe import ExportOptions, ModelOptions
 from corda.targets import find_targets
 
 IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
@@ -30,6 +32,14 @@ IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+def move(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
 
 
 def encoded(texts, tokenizer):
@@ -153,6 +163,40 @@ def test_defect_15_train_mode_and_hooks_are_put_back(model, tokenizer, texts):
         collect(model, tokenizer, texts[:3])
     assert model.training
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_defect_16_rslora_with_a_rank_per_layer_becomes_a_plain_lora(model, pico, tokenizer, texts, tmp_path):
+    """What corda trains, and what PEFT trained: alpha/sqrt(r) and patterns, and the rank doubles."""
+    adapter = {"allocation": "dynamic", "compactness_scale": "unit", "use_rslora": True, "lora_alpha": 5.0}
+    wrapped = attach(model, make_plan(model, collect(model, tokenizer, texts), rank=4, **adapter), base="residual")
+    move(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "a")).eval()
+    config = reloaded.peft_config["default"]
+    assert config.use_rslora
+    assert config.rank_pattern
+    assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5
+
+    settings = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        init_lora_weights="pissa",
+        target_modules=["up_proj", "k_proj"],
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"k_proj": 3},
+    )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(pico), settings).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(str(tmp_path / "initial"))
+    move(theirs)
+    theirs.save_pretrained(str(tmp_path / "trained"))
+    with pytest.raises(ValueError, match="not supported"):
+        theirs.save_pretrained(str(tmp_path / "b"), path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    base = ModelOptions(model_name_or_path=str(pico), device="cpu")
+    convert(tmp_path / "trained", base, tmp_path / "c", ExportOptions(), initial=tmp_path / "initial")
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "c")).eval()
+    assert relative_difference(logits(reloaded), logits(theirs)) < 1e-5
 
 
 def test_defect_17_the_smallest_components_are_the_smallest():

@@ -53,11 +53,12 @@ def test_fields_of_trl_pass_through(raw_recipe):
         ({"adapter": {"exponent": 2}}, "one of 0, 0.5 and 1"),
         ({"data": {"keep": None}}, "data.keep, which is not set"),
         ({"data": {"learn": None}}, "data.learn"),
+        ({"adapter": {"mode": "lora"}, "export": {"format": "residual"}}, "needs initial factors, which mode lora"),
     ],
 )
 def test_combinations_that_make_no_sense(raw_recipe, change, message):
     for block, values in change.items():
-        raw_recipe[block] |= values
+        raw_recipe.setdefault(block, {}).update(values)
     with pytest.raises(RecipeError, match=message):
         parse_recipe(raw_recipe)
 

@@ -123,13 +123,13 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
             handle.remove()
 
 
-def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path], PreTrainedModel]:
+def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path | str], PreTrainedModel]:
     """What loads a model from its folder as its users do, in the dtype and on the device of another."""
     ours = type(like).__module__.startswith("transformers.")
     loader = AutoModelForCausalLM if ours and task_type == "CAUSAL_LM" else type(like)
     dtype, device = like.dtype, like.device
 
-    def load(folder: Path) -> PreTrainedModel:
+    def load(folder: Path | str) -> PreTrainedModel:
         model: PreTrainedModel = loader.from_pretrained(str(folder), dtype=dtype)
         return model.to(device).eval()
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corda import compress, models
 from corda.errors import AdapterError
-from corda.exporting.check import probe_logits, spread_probe
+from corda.exporting.check import probe_logits, reloader, spread_probe
 from corda.exporting.export import published, write_checked
 from corda.exporting.forms import Exported, Work
 from corda.exporting.update import Factors, Update, account, subtract
@@ -82,17 +82,18 @@ def convert(
     probe = spread_probe(loaded.model)
     fit = None
     if residual_base is not None:
-        other = models.load(base.model_copy(update={"model_name_or_path": residual_base, "revision": None}))
-        found = differences(loaded.model, other.model, saved, _stored_dtype(other.source))
+        source = models.resolve(ModelOptions(model_name_or_path=residual_base))
+        reference = reloader(loaded.model, saved.config.task_type)(source.path)  # such folders often lack a tokenizer
+        found = differences(loaded.model, reference, saved, _stored_dtype(source))
         added = {name: Factors(one.A, one.B) for name, one in found.items()}
         fit = account(found, max(factors.A.shape[0] for factors in added.values()))
-        reference = other.model
     else:
         start = read_adapter(initial).factors if initial is not None else {}
         added = subtract_all(saved, start) if initial is not None else dict(saved.factors)
         reference = models.load(base).model
         shift_weights(reference, start, -1)
-    update = Update(added, base=loaded.source.path, revision=loaded.source.revision, task_type=saved.config.task_type)
+    task = saved.config.task_type or "CAUSAL_LM"
+    update = Update(added, base=loaded.source.path, revision=loaded.source.revision, task_type=task)
     tokenizer = loaded.tokenizer
     del loaded  # its weights need not stay beside those that follow
     plain = replace(saved.config, init_lora_weights=True, corda_config=None)  # else PEFT takes the start out once more
