@@ -224,7 +224,7 @@ class ExportOptions(_Strict):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="largest relative logit difference after reload; default 1e-5, or for a 16-bit base 3 times what "
+        description="largest relative logit difference after reload; default 1e-5, or for a 16-bit base 4 times what "
         "one random rounding of each adapted layer's output does",
     )
     push_to_hub: str | None = Field(None, description="Hub repository to upload to, e.g. me/adapter, after the check")

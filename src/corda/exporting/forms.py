@@ -23,7 +23,7 @@ from corda.exporting.check import (
     reloader,
 )
 from corda.exporting.update import Compression, Update, approximate
-from corda.exporting.write import shift_weights, write_lora, write_model
+from corda.exporting.write import layer_of, shift_weights, write_lora, write_model
 from corda.recipe import ExportOptions
 
 BESIDE = "adapter"  # folder of the adapter inside a residual base's folder
@@ -92,10 +92,10 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
     """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
-    factors, compression = update.added, None
-    if options.rank is None:
-        expected = work.logits(work.probe)
-    else:
+    factors, compression, expected = update.added, None, work.logits(work.probe)
+    if options.rank is not None:
+        with added(fresh, factors):  # that they are right is checked before anything is left out of them
+            confirm(probe_logits(fresh, work.probe), expected, tolerance, folder)
         factors, compression = approximate(factors, options.rank)
         with added(fresh, factors):
             expected = probe_logits(fresh, work.probe)
@@ -162,6 +162,8 @@ FORMS: dict[str, Callable[[Work, Path, Path, ExportOptions], Exported]] = {
 
 
 def _tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> float:
+    for name in work.update.added:
+        layer_of(fresh, name)
     return options.tolerance or allowed(fresh, work.update.added, work.probe)
 
 

@@ -49,12 +49,8 @@ def write_lora(
 
     Returns:
         The largest rank.
-
-    Raises:
-        AdapterError: a layer is not in the model.
     """
     ranks = {name: pair.A.shape[0] for name, pair in factors.items()}
-    transposed = [isinstance(layer_of(model, name), Conv1D) for name in ranks]
     largest = max(ranks.values())
     r = largest if layout == "uniform" else Counter(ranks.values()).most_common(1)[0][0]
     targets = target_names(model, list(ranks))
@@ -71,7 +67,7 @@ def write_lora(
         target_modules=targets,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        fan_in_fan_out=all(transposed),
+        fan_in_fan_out=all(isinstance(layer_of(model, name), Conv1D) for name in ranks),
         inference_mode=True,
         base_model_name_or_path=base,
         revision=revision,
