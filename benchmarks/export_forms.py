@@ -95,8 +95,10 @@ def main() -> None:
     context = corda.collect(loaded.model, loaded.tokenizer, facts[:128])
     probe = dict(loaded.tokenizer("Question: What is 3 plus 4?\nAnswer: 7\n\nThe quick brown fox", return_tensors="pt"))
     rows = [row for mode in ("kpm", "ipm") for row in one_mode(mode, context, loaded.model, probe)]
-    head = {"name": "export-forms", "model": "SmolLM2-135M-Instruct", "rank": RANK, "moved_by": MOVE}
-    artifact.write_json(RESULTS / "export-forms.json", head | {"rows": rows, "provenance": artifact.provenance()})
+    where = artifact.provenance()
+    head = {"name": "export-forms", "device": where["device"], "model": "SmolLM2-135M-Instruct"}
+    settings = {"rank": RANK, "moved_by": MOVE}
+    artifact.write_json(RESULTS / "export-forms.json", head | settings | {"rows": rows, "provenance": where})
 
 
 if __name__ == "__main__":

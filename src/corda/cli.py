@@ -389,6 +389,11 @@ def _print_export(done: dict[str, Any], as_json: bool) -> None:
                 facts[key] = {name: item for name, item in value.items() if name != "lost_energy_of_layers"}
         facts = {key: value for key, value in facts.items() if value is not None}
     _print(facts, as_json)
+    if not as_json:
+        from corda.exporting.kept import kept_warning
+
+        for warning in kept_warning(done):
+            typer.echo(f"Warning: {warning}")
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:

@@ -30,6 +30,7 @@ from corda.evaluation.evaluate import Scores, evaluate
 from corda.evaluation.scores import change
 from corda.exporting import export as exporting
 from corda.exporting.check import probe_logits
+from corda.exporting.kept import kept_warning
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
@@ -264,7 +265,7 @@ class Stages:
             "export": {k: v for k, v in exported.items() if k != "costs"},
             "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
             "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
-            "warnings": [*plan.warnings, *trained.manifest["warnings"]],
+            "warnings": [*plan.warnings, *trained.manifest["warnings"], *kept_warning(exported)],
             "provenance": trained.manifest["provenance"],
         }
         artifact.write_json(self.folder / RESULTS, results)

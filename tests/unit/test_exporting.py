@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +19,11 @@ from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError, ArtifactError, CheckError, RecipeError, ResourceError
 from corda.exporting import export as exporting
-from corda.exporting import hub
+from corda.exporting import forms, hub
 from corda.exporting.check import ROUNDINGS, allowed, spread_probe
 from corda.exporting.export import export, finished
+from corda.exporting.kept import kept_warning
+from corda.exporting.update import Factors
 from corda.plan.make import make_plan
 from corda.reading import parse_export
 
@@ -266,6 +269,55 @@ def test_16_bit_exports_pass_within_roundings_and_wrong_ones_do_not(pico, contex
     with pytest.raises(CheckError, match=r"after reload.*export\.tolerance"):
         export(wrapped, tmp_path / "bad", format=form, fresh_base=wrong_base)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("form", ["lora", "residual", "merged"])
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_the_weights_hold_the_whole_update(pico, context, tmp_path, form, base):
+    exact = export(trained(pico, context, base=base), tmp_path / "out", format=form)
+    assert exact.update_kept == pytest.approx(1, abs=1e-5)
+    half = export(trained(pico, context, base=base, dtype=torch.bfloat16), tmp_path / "out", format=form)
+    assert half.update_kept == pytest.approx(1, abs=1e-5 if form == "lora" else 0.02)
+
+
+def test_compression_keeps_what_it_does_not_lose(pico, context, tmp_path):
+    done = export(trained(pico, context), tmp_path / "out", rank=3)
+    assert done.update_kept == pytest.approx(1 - done.compression.lost_energy, abs=1e-5)
+    assert done.compression.lost_energy > 0.05
+
+
+def test_an_update_finer_than_16_bits_is_not_merged_into_them(pico, context, tmp_path):
+    """Entries below half the spacing of the weight that they are added to vanish, and no logit would tell."""
+    wrapped = trained(pico, context, dtype=torch.bfloat16, move=1e-4)
+    with pytest.raises(CheckError, match=r"do not hold the trained update.*% of it.*bfloat16.*format lora"):
+        export(wrapped, tmp_path / "out", format="merged")
+    assert not any(tmp_path.iterdir())
+    assert export(wrapped, tmp_path / "out").update_kept == pytest.approx(1, abs=1e-4)
+    found = export(trained(pico, context, dtype=torch.bfloat16, move=1e-3), tmp_path / "out2", format="merged")
+    assert 0.5 < found.update_kept < 0.95
+    (note,) = kept_warning(found.as_json())
+    assert re.search(r"merged export holds \d+(\.\d)? % of the update: bfloat16", note)
+    assert not kept_warning(export(wrapped, tmp_path / "small", rank=2).as_json())
+
+
+def test_an_adapter_left_out_is_noticed_even_below_the_roundings(pico, context, tmp_path, monkeypatch):
+    wrapped = trained(pico, context, dtype=torch.bfloat16, move=1e-4)
+    original = forms.write_lora
+
+    def empty(folder, factors, *rest, **settings):
+        return original(folder, {n: Factors(f.A, 0 * f.B) for n, f in factors.items()}, *rest, **settings)
+
+    monkeypatch.setattr(forms, "write_lora", empty)
+    with pytest.raises(CheckError, match=r"Got: 0 % of it.*Expected: 100 % within 1 %"):
+        export(wrapped, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_update_of_nothing_exports_in_every_form(pico, context, tmp_path):
+    for form in ("lora", "residual", "merged"):
+        done = export(trained(pico, context, move=0), tmp_path / form, format=form)
+        assert done.update_kept is None
+    assert export(trained(pico, context, move=0), tmp_path / "small", rank=2).compression.lost_energy == 0
 
 
 def test_the_residual_form_is_the_papers_and_finds_its_base(pico, context, tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ EXACT = 1e-5
 # Merged and residual weights are rounded once, and were measured at 0.8 to 1.9 of that: docs/log.md.
 ROUNDINGS = 4.0
 
-Logits = Callable[[Mapping[str, Tensor]], Tensor]
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 
@@ -85,13 +84,13 @@ def confirm(reloaded: Tensor, expected: Tensor, tolerance: float, where: Path) -
     return found
 
 
-def largest_difference(one: Logits, other: Logits, records: Sequence[Mapping[str, Tensor]]) -> tuple[float, int]:
+def largest_difference(one: nn.Module, other: nn.Module, records: Sequence[Mapping[str, Tensor]]) -> tuple[float, int]:
     """max |one - other| / max |other| over the logits of all records, and the number of tokens."""
     apart = scale = 0.0
     tokens = 0
     for record in records:
-        expected = other(record)
-        apart = max(apart, float((one(record) - expected).abs().max()))
+        expected = probe_logits(other, record)
+        apart = max(apart, float((probe_logits(one, record) - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
         tokens += record["input_ids"].numel()
     return apart / scale, tokens

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corda import compress, models
 from corda.errors import AdapterError
-from corda.exporting.check import probe_logits, reloader, spread_probe
+from corda.exporting.check import reloader, spread_probe
 from corda.exporting.export import published, write_checked
 from corda.exporting.forms import Exported, Work
 from corda.exporting.update import Factors, Update, account, subtract
@@ -98,9 +98,7 @@ def convert(
     del loaded  # its weights need not stay beside those that follow
     plain = replace(saved.config, init_lora_weights=True, corda_config=None)  # else PEFT takes the start out once more
     live = PeftModel.from_pretrained(reference, str(adapter), config=plain).eval()
-    work = Work(
-        update, lambda record: probe_logits(live, record), lambda: models.load(base).model, probe, tokenizer=tokenizer
-    )
+    work = Work(update, live, lambda: models.load(base).model, probe, tokenizer=tokenizer)
     return published(write_checked(work, folder, options, low_rank_fit=fit), options)
 
 

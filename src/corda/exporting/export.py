@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.errors import AdapterError, ArtifactError
 from corda.exporting import hub
-from corda.exporting.check import again, probe_logits, spread_probe
+from corda.exporting.check import again, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
 from corda.exporting.update import Compression, read_update, refuse_rank
 from corda.metric import full_precision
@@ -69,7 +69,7 @@ def export(
     try:
         work = Work(
             read_update(model),
-            lambda record: probe_logits(model, record),
+            model,
             fresh_base or again(base),
             probe or spread_probe(base),
             records,

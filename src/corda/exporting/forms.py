@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from corda import artifact
 from corda.exporting.check import (
-    Logits,
     added,
     allowed,
     confirm,
@@ -22,6 +21,7 @@ from corda.exporting.check import (
     probe_logits,
     reloader,
 )
+from corda.exporting.kept import confirm_kept, update_kept
 from corda.exporting.update import Compression, Update, approximate
 from corda.exporting.write import layer_of, shift_weights, write_lora, write_model
 from corda.recipe import ExportOptions
@@ -35,7 +35,7 @@ class Work:
 
     Attributes:
         update: What training added.
-        logits: The trained model's.
+        live: The trained model.
         fresh_base: Loads the original base once more.
         probe: What reloaded logits are compared on.
         records: What the effect of compression is measured on; default: the probe.
@@ -45,7 +45,7 @@ class Work:
     """
 
     update: Update
-    logits: Logits
+    live: PeftModel
     fresh_base: Callable[[], PreTrainedModel]
     probe: Mapping[str, Tensor]
     records: Sequence[Mapping[str, Tensor]] = ()
@@ -65,6 +65,8 @@ class Exported:
         max_relative_logit_difference: max |reloaded - expected| / max |expected| over the probe's logits. Expected are
             the trained model's logits, or with `export.rank` those of the compressed factors before they were saved.
         tolerance: What that was allowed to be.
+        update_kept: Share of the trained update that the reloaded weights hold, see `update_kept`; None where it
+            cannot be told. Below 1 where merged 16-bit weights round it away, and by the lost energy of `export.rank`.
         rank: The largest LoRA rank in it; None for full weights.
         layout: "patterns" or "uniform"; None for full weights.
         compression: What `export.rank` lost; None for an exact export. See `Compression`.
@@ -77,6 +79,7 @@ class Exported:
     dtype: str
     max_relative_logit_difference: float
     tolerance: float
+    update_kept: float | None = None
     rank: int | None = None
     layout: str | None = None
     compression: Compression | None = None
@@ -92,7 +95,7 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
     """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
-    factors, compression, expected = update.added, None, work.logits(work.probe)
+    factors, compression, expected = update.added, None, probe_logits(work.live, work.probe)
     if options.rank is not None:
         with added(fresh, factors):  # that they are right is checked before anything is left out of them
             confirm(probe_logits(fresh, work.probe), expected, tolerance, folder)
@@ -111,10 +114,11 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
     reloaded = PeftModel.from_pretrained(fresh, str(temporary)).eval()
     if work.card is None:
         reloaded.create_or_update_model_card(str(temporary))
-    done = _compared(reloaded, expected, work, folder, options.format, dtype, tolerance)
+    left = 1 if compression is None else 1 - compression.lost_energy
+    done = _compared(reloaded, expected, work, folder, options.format, dtype, tolerance, left)
     if compression is not None:
         records = work.records or [work.probe]
-        apart, tokens = largest_difference(lambda record: probe_logits(reloaded, record), work.logits, records)
+        apart, tokens = largest_difference(reloaded, work.live, records)
         compression = compression.measured(apart, len(records), tokens)
     return replace(done, rank=rank, layout=options.layout, compression=compression)
 
@@ -138,7 +142,7 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
         task_type=update.task_type,
     )
     reloaded = PeftModel.from_pretrained(base, str(temporary / BESIDE)).eval()
-    done = _compared(reloaded, work.logits(work.probe), work, folder, options.format, dtype, tolerance)
+    done = _compared(reloaded, probe_logits(work.live, work.probe), work, folder, options.format, dtype, tolerance)
     return replace(done, rank=rank, layout=options.layout)
 
 
@@ -151,7 +155,9 @@ def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) ->
     write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
     load = reloader(fresh, update.task_type)
     del fresh
-    return _compared(load(temporary), work.logits(work.probe), work, folder, options.format, dtype, tolerance)
+    return _compared(
+        load(temporary), probe_logits(work.live, work.probe), work, folder, options.format, dtype, tolerance
+    )
 
 
 FORMS: dict[str, Callable[[Work, Path, Path, ExportOptions], Exported]] = {
@@ -168,10 +174,19 @@ def _tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> fl
 
 
 def _compared(
-    reloaded: Any, expected: Tensor, work: Work, folder: Path, form: str, dtype: torch.dtype, tolerance: float
+    reloaded: Any,
+    expected: Tensor,
+    work: Work,
+    folder: Path,
+    form: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    left: float = 1.0,
 ) -> Exported:
     found = confirm(probe_logits(reloaded, work.probe), expected, tolerance, folder)
-    return Exported(form, str(folder), str(dtype).removeprefix("torch."), found, tolerance)
+    kept = update_kept(reloaded, None if form == "lora" else work.live, work.update.added)
+    confirm_kept(kept, left, dtype, form, folder)
+    return Exported(form, str(folder), str(dtype).removeprefix("torch."), found, tolerance, kept)
 
 
 def _bytes(model: PreTrainedModel) -> int:
