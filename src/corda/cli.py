@@ -215,9 +215,7 @@ def convert(
     layout: Layout = None,
     max_rank: MaxRank = None,
     push_to_hub: Repository = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override, e.g. --set model.dtype=bfloat16", metavar="KEY=VALUE")
-    ] = None,
+    set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Turn a CorDA or PiSSA adapter trained elsewhere into a plain LoRA on the original base."""
@@ -382,18 +380,13 @@ def _warn(warnings: list[str]) -> None:
 
 def _print_export(done: dict[str, Any], as_json: bool) -> None:
     """An export; for people without what each layer lost, which its manifest holds."""
-    facts = {key: value for key, value in done.items() if key != "costs"}
-    if not as_json:
-        for key, value in facts.items():
-            if isinstance(value, dict):
-                facts[key] = {name: item for name, item in value.items() if name != "lost_energy_of_layers"}
-        facts = {key: value for key, value in facts.items() if value is not None}
-    _print(facts, as_json)
-    if not as_json:
-        from corda.exporting.kept import kept_warning
+    from corda.exporting.kept import kept_warning
 
-        for warning in kept_warning(done):
-            typer.echo(f"Warning: {warning}")
+    facts = {key: value for key, value in done.items() if key != "costs" and (as_json or value is not None)}
+    if not as_json and done["compression"]:
+        facts["compression"] = {k: v for k, v in done["compression"].items() if k != "lost_energy_of_layers"}
+    _print(facts, as_json)
+    _warn([] if as_json else kept_warning(done))
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:

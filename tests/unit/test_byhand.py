@@ -13,7 +13,8 @@ from corda.inputs import Inputs
 from corda.metric import Metric, damping
 from corda.plan.byhand import ranks_file
 from corda.plan.make import make_plan
-from corda.recipe import AdapterOptions, Recipe, load_recipe, parse_recipe
+from corda.reading import load_recipe, parse_recipe
+from corda.recipe import AdapterOptions, Recipe
 from corda.targets import weight_of
 
 UP, DOWN, K = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.k_proj"

@@ -18,7 +18,7 @@ from corda.context.store import save
 from corda.data.batches import encode
 from corda.data.formats import to_records
 from corda.errors import PlanError, RecipeError
-from corda.exporting import export
+from corda.exporting.export import export
 from corda.metric import Metric, damping
 from corda.plan import plan as plans
 from corda.plan.compactness import compactness
