@@ -383,8 +383,9 @@ def _print_export(done: dict[str, Any], as_json: bool) -> None:
     from corda.exporting.kept import kept_warning
 
     facts = {key: value for key, value in done.items() if key != "costs" and (as_json or value is not None)}
-    if not as_json and done["compression"]:
-        facts["compression"] = {k: v for k, v in done["compression"].items() if k != "lost_energy_of_layers"}
+    for key in () if as_json else ("compression", "low_rank_fit"):
+        if key in facts:
+            facts[key] = {k: v for k, v in facts[key].items() if k != "lost_energy_of_layers"}
     _print(facts, as_json)
     _warn([] if as_json else kept_warning(done))
 

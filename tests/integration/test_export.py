@@ -176,6 +176,7 @@ def test_convert(corda, pico, tmp_path):
     )
     assert code == 0
     assert "low_rank_fit" in out
+    assert "lost_energy_of_layers" not in out
     one = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "one"))
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert relative_difference(logits(one), expected) < 1e-5
