@@ -74,7 +74,9 @@ def reload(form, folder, pico):
 
 @pytest.mark.parametrize("base", ["intact", "residual"])
 @pytest.mark.parametrize("form", ["lora", "residual", "merged"])
-@pytest.mark.parametrize("settings", [{"mode": "ipm", "lora_alpha": 3.0}, DYNAMIC | RSLORA])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"mode": "ipm", "lora_alpha": 3.0}, marks=pytest.mark.slow), DYNAMIC | RSLORA]
+)
 def test_every_form_reloads_to_the_trained_model(pico, context, tmp_path, base, form, settings):
     wrapped = trained(pico, context, base=base, **settings)
     done = export(wrapped, tmp_path / "out", format=form)
@@ -272,7 +274,7 @@ def test_16_bit_exports_pass_within_roundings_and_wrong_ones_do_not(pico, contex
 
 
 @pytest.mark.parametrize("form", ["lora", "residual", "merged"])
-@pytest.mark.parametrize("base", ["intact", "residual"])
+@pytest.mark.parametrize("base", ["intact", pytest.param("residual", marks=pytest.mark.slow)])
 def test_the_weights_hold_the_whole_update(pico, context, tmp_path, form, base):
     exact = export(trained(pico, context, base=base), tmp_path / "out", format=form)
     assert exact.update_kept == pytest.approx(1, abs=1e-5)
@@ -344,7 +346,7 @@ def gpt2(folder):
     return folder
 
 
-@pytest.mark.parametrize("base", ["intact", "residual"])
+@pytest.mark.parametrize("base", ["intact", pytest.param("residual", marks=pytest.mark.slow)])
 def test_conv1d_in_every_form(tokenizer, texts, tmp_path, base):
     folder = gpt2(tmp_path / "gpt2")
     wrapped = trained(folder, collect(fresh(folder), tokenizer, texts), base=base)
