@@ -12,7 +12,7 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,18 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from corda.errors import AdapterError
-from corda.plan.plan import Plan
+from corda.plan.plan import LayerPlan, Plan
+from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
+from corda.targets import weight_of
 
 TRAINED = "default"
 INITIAL = "initial"
+CORRECTION = "correction"
+_FROZEN = (INITIAL, CORRECTION)
 
 
 class Difference(LoraVariant):  # type: ignore[misc]
@@ -47,28 +52,57 @@ class Difference(LoraVariant):  # type: ignore[misc]
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The layer's output, same shape as `result`; x is (..., d_in)."""
+        fixed = _corrected(module, x, result)
         x = module.lora_dropout[active_adapter](x)
         now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         start = module.lora_B[INITIAL](module.lora_A[INITIAL](x))
-        out: Tensor = result + (now - start) * module.scaling[active_adapter]
+        out: Tensor = fixed + (now - start) * module.scaling[active_adapter]
+        return out
+
+    @classmethod
+    def merge_safe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """orig_weight with everything that `forward` adds, in the layer's own layout, rounded once to its dtype."""
+        return (orig_weight + cls.delta(module, active_adapter)).to(orig_weight.dtype)
+
+    @classmethod
+    def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same in place."""
+        orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))
+
+    @classmethod
+    def unmerge(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Take it out again."""
+        return (orig_weight - cls.delta(module, active_adapter)).to(orig_weight.dtype)
+
+    @staticmethod
+    def delta(module: LoraLayer, active_adapter: str) -> Tensor:
+        """s (B A - B0 A0) and the correction, shape of the layer's weight."""
+        change: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
+        return change + module.get_delta_weight(CORRECTION) if CORRECTION in module.lora_A else change
+
+
+class Corrected(Difference):
+    """PEFT forward of the residual form of a 4-bit layer with a frozen correction: Q(W') x + s B A x + F x."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        out: Tensor = _corrected(module, x, result) + now * module.scaling[active_adapter]
         return out
 
     @staticmethod
-    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """orig_weight + s (B A - B0 A0), in the layer's own layout, rounded once to its dtype."""
-        delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
-        return (orig_weight + delta).to(orig_weight.dtype)
+    def delta(module: LoraLayer, active_adapter: str) -> Tensor:
+        """s B A and the correction, shape of the layer's weight."""
+        total: Tensor = module.get_delta_weight(active_adapter) + module.get_delta_weight(CORRECTION)
+        return total
 
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """The same in place."""
-        orig_weight.data.copy_(Difference.merge_safe(module, active_adapter, orig_weight.data))
 
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Take the merged difference out again."""
-        delta: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
-        return (orig_weight - delta).to(orig_weight.dtype)
+def _corrected(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor:
+    if CORRECTION not in module.lora_A:
+        return result
+    out: Tensor = result + module.lora_B[CORRECTION](module.lora_A[CORRECTION](x))
+    return out
 
 
 class _ExactSaving:
@@ -78,7 +112,7 @@ class _ExactSaving:
         self, save_directory: str | Path, selected_adapters: list[str] | None = None, **kwargs: Any
     ) -> None:
         """As PeftModel.save_pretrained; the trained adapter is written with its start subtracted, rank 2r."""
-        names = selected_adapters or [name for name in self.peft_config if name != INITIAL]  # type: ignore[attr-defined]
+        names = selected_adapters or [name for name in self.peft_config if name not in _FROZEN]  # type: ignore[attr-defined]
         super().save_pretrained(str(save_directory), selected_adapters=names, **kwargs)  # type: ignore[misc]
         if TRAINED in names and kwargs.get("is_main_process", True):
             config, state = plain_lora(self, kwargs.get("state_dict"))
@@ -93,8 +127,18 @@ class _ExactSaving:
         return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)  # type: ignore[misc]
 
 
-def attach(model: PreTrainedModel, plan: Plan, *, base: Base | None = None, seed: int = 0) -> PeftModel:
+def attach(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    base: Base | None = None,
+    seed: int = 0,
+    weights: Callable[[str], Tensor] | None = None,
+) -> PeftModel:
     """Wrap a model in PEFT with the plan's factors; the logits stay those of the model.
+
+    A 4-bit model in the residual form is quantised anew, layer by layer: its logits then come nearer to those in full
+    precision than the plain 4-bit model's, and are not the same.
 
     Args:
         model: The model that the plan was made for. PEFT replaces its target layers in place; with `residual` their
@@ -102,6 +146,8 @@ def attach(model: PreTrainedModel, plan: Plan, *, base: Base | None = None, seed
         plan: From `make_plan`.
         base: "intact" or "residual"; default: the plan's own option.
         seed: For plain LoRA's random start.
+        weights: For a 4-bit model in the residual form: gives a parameter in full precision by its full name;
+            default: what the 4-bit layer holds.
 
     Returns:
         A PeftModel in the mode (train/eval) of `model`, the trained adapter named "default".
@@ -109,7 +155,7 @@ def attach(model: PreTrainedModel, plan: Plan, *, base: Base | None = None, seed
     Raises:
         AdapterError: a layer is missing or has another shape, or dropout with `residual`.
     """
-    form = base or plan.options.base
+    form = base or plan.options.form(any(is_4bit(module) for module in model.modules()))
     _check_fits(model, plan)
     if plan.mode != "lora" and form == "residual" and plan.options.lora_dropout > 0:
         raise AdapterError(
@@ -126,19 +172,47 @@ def attach(model: PreTrainedModel, plan: Plan, *, base: Base | None = None, seed
             return cls(model, config)
     wrapped: PeftModel = _exact(cls)(model, config)
     wrapped.add_adapter(INITIAL, copy.deepcopy(config))
+    if plan.corrections:
+        wrapped.add_adapter(CORRECTION, _correction_config(model, config, plan))
     for layer in plan.layers:
         module = wrapped.base_model.model.get_submodule(layer.name)
-        A, B = plan.factors[layer.name]
         with torch.no_grad():
-            for name in (TRAINED, INITIAL):
-                module.lora_A[name].weight.copy_(A)
-                module.lora_B[name].weight.copy_(B)
-            if form == "residual":
-                module.base_layer.weight -= module.get_delta_weight(INITIAL).to(module.base_layer.weight.dtype)
-            else:
+            _fill(module, TRAINED, plan.factors[layer.name])
+            _fill(module, INITIAL, plan.factors[layer.name])
+            if layer.name in plan.corrections:
+                _fill(module, CORRECTION, plan.corrections[layer.name])
+            if form == "intact":
                 module.lora_variant[TRAINED] = Difference()
+                continue
+            if layer.name in plan.corrections:
+                module.lora_variant[TRAINED] = Corrected()
+            inner = module.base_layer
+            if is_4bit(inner):
+                W = full_weight(inner) if weights is None else weight_of(model, layer, weights(f"{layer.name}.weight"))
+                A, B = plan.factors[layer.name]
+                A, B = plan.removed.get(layer.name, (A, plan.scaling(layer.rank) * B))
+                place = inner.weight.device
+                requantise(inner, W.to(place) - B.to(place) @ A.to(place))
+            else:
+                inner.weight -= module.get_delta_weight(INITIAL).to(inner.weight.dtype)
     wrapped.train(model.training)
     return wrapped
+
+
+def _fill(module: Any, name: str, factors: tuple[Tensor, Tensor]) -> None:
+    module.lora_A[name].weight.copy_(factors[0])
+    module.lora_B[name].weight.copy_(factors[1])
+
+
+def _correction_config(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
+    """Of the frozen part: its own ranks, scaling 1."""
+    ranks = {name: A.shape[0] for name, (A, _) in plan.corrections.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0]
+    own = copy.deepcopy(config)
+    own.r, own.lora_alpha, own.use_rslora = r, r, False
+    own.rank_pattern = {_exact_key(model, name): rank for name, rank in ranks.items() if rank != r}
+    own.alpha_pattern = dict(own.rank_pattern)
+    return own
 
 
 def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
@@ -160,7 +234,7 @@ def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
             for name, rank in ranks.items()
             if rank != r
         },
-        fan_in_fan_out=all(layer.kind == "conv1d" for layer in plan.layers),
+        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
         init_lora_weights=plan.mode == "lora",
         base_model_name_or_path=getattr(model, "name_or_path", None),
     )
@@ -269,8 +343,7 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
         module = known.get(layer.name)
         if module is None:
             raise AdapterError("a layer of the plan is not in the model", where=layer.name, fix="plan for this model")
-        spec = layer.kind if layer.kind in {"linear", "conv1d"} else "linear"
-        shape = tuple(module.weight.T.shape if spec == "conv1d" else module.weight.shape)
+        shape = (module.out_features, module.in_features) if is_4bit(module) else _shape(module, layer)
         if shape != (layer.d_out, layer.d_in):
             raise AdapterError(
                 "a layer of the plan has another shape in the model",
@@ -279,6 +352,10 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
                 expected=(layer.d_out, layer.d_in),
                 fix="plan for this model",
             )
+
+
+def _shape(module: Any, layer: LayerPlan) -> tuple[int, ...]:
+    return tuple(module.weight.T.shape if layer.kind == "conv1d" else module.weight.shape)
 
 
 def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from corda import artifact, models
+from corda import artifact, models, quantization
 from corda.data import sources
 from corda.data.batches import load_records
 from corda.data.formats import Record, render
@@ -40,6 +40,11 @@ class Inputs:
     def targets(self) -> list[LayerSpec]:
         """Target layers, found on a model without weights."""
         return find_targets(models.skeleton(self.source, self.recipe.model), self.recipe.adapter.target_modules)
+
+    @cached_property
+    def quantisation(self) -> models.Quantisation | None:
+        """The 4-bit form of the base, or None."""
+        return models.quantisation(self.source, self.recipe.model)
 
     @cached_property
     def learn_records(self) -> list[Record]:
@@ -89,6 +94,8 @@ class Inputs:
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})
         chosen = [context, r.context.selection] if r.context_source() else None
+        if self.quantisation is not None:  # the context is that of the weights in full precision
+            model = [*model, vars(self.quantisation), r.adapter.form(four_bit=True)]
         plan = artifact.fingerprint("plan", model, chosen, options)
         settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
         train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings)
@@ -133,6 +140,8 @@ class Inputs:
         """
         targets = self.targets
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
+        if self.quantisation is not None:
+            quantization.require()
         rank = uniform_rank(targets, self.recipe.adapter)
         ranks = {t.name: by_hand(self.recipe.adapter, t.name).rank or rank for t in targets}
         dynamic = self.recipe.adapter.allocation == "dynamic"

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,6 +48,21 @@ class Loaded:
     source: Source
 
 
+@dataclass(frozen=True)
+class Quantisation:
+    """The 4-bit form of a model's linear layers, in the terms of bitsandbytes.
+
+    Attributes:
+        quant_type: Code book.
+        double_quant: Whether the blocks' scales are quantised too.
+        stored: The checkpoint itself is in this form, so that weights in full precision are not to be had.
+    """
+
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    stored: bool
+
+
 def resolve(options: ModelOptions) -> Source:
     """Find the model's files without loading them; a .gguf is converted once into a cached folder.
 
@@ -74,15 +90,57 @@ def load(options: ModelOptions) -> Loaded:
     """Load weights and tokenizer.
 
     Raises:
-        ModelError: the files cannot be found or read.
+        ModelError: the files cannot be found or read, or are quantised in a way that corda does not read.
     """
     source = resolve(options)
     device = pick_device(options.device)
     dtype: Any = {"auto": torch.float32 if device.type == "cpu" else "auto"}.get(options.dtype, options.dtype)
     tokenizer = load_tokenizer(source, options)
+    kind = quantisation(source, options)
+    common: dict[str, Any] = _common(source, options)
+    if kind is not None:
+        common["device_map"] = {"": device}
+        if not kind.stored:
+            common["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=kind.quant_type,
+                bnb_4bit_use_double_quant=kind.double_quant,
+                bnb_4bit_compute_dtype=pick_dtype(options, source),
+            )
     with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **_common(source, options))
-    return Loaded(model.to(device).eval(), tokenizer, source)
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **common)
+    if kind is None:
+        model = model.to(device)
+    else:
+        _keep_exact(model)
+    return Loaded(model.eval(), tokenizer, source)
+
+
+def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
+    """The 4-bit form that the model will have, asked for or stored; None for a model in full or 16-bit precision.
+
+    Raises:
+        ModelError: the checkpoint is quantised in another way, or its config cannot be read.
+    """
+    with _reading(source):
+        config = AutoConfig.from_pretrained(source.path, **_common(source, options))
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        if not options.load_in_4bit:
+            return None
+        return Quantisation(options.bnb_4bit_quant_type, options.bnb_4bit_use_double_quant, False)
+    known = stored if isinstance(stored, dict) else stored.to_dict()
+    if not known.get("load_in_4bit"):
+        raise ModelError(
+            "the checkpoint is quantised in a way whose weights cannot be read",
+            where=source.path,
+            got=known.get("quant_method", "unknown"),
+            expected="full or 16-bit precision, or 4 bits of bitsandbytes",
+            fix="use the checkpoint that it was made from, with model.load_in_4bit: true",
+        )
+    return Quantisation(
+        known.get("bnb_4bit_quant_type", "fp4"), bool(known.get("bnb_4bit_use_double_quant", False)), True
+    )
 
 
 def load_tokenizer(source: Source, options: ModelOptions) -> PreTrainedTokenizerBase:
@@ -127,19 +185,22 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_dtype(options: ModelOptions) -> torch.dtype:
-    """The dtype of a run's weights where it has to be known before loading.
+def pick_dtype(options: ModelOptions, source: Source) -> torch.dtype:
+    """The dtype of a run's weights: as asked, else fp32 on a CPU and the checkpoint's own on a GPU.
 
     Raises:
-        ModelError: "auto" on a GPU, where the checkpoint would decide.
+        ModelError: there is no such device, or the checkpoint's config cannot be read.
     """
     if options.dtype != "auto":
         dtype = getattr(torch, options.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    if pick_device(options.device).type != "cpu":
-        raise ModelError("off-loaded weights need a dtype", where="model.dtype", fix="set it, for example to bfloat16")
-    return torch.float32
+    elif pick_device(options.device).type == "cpu":
+        dtype = torch.float32
+    else:
+        with _reading(source):
+            config = AutoConfig.from_pretrained(source.path, **_common(source, options))
+        dtype = getattr(config, "dtype", None) or torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def identity(source: Source, options: ModelOptions) -> str:
@@ -158,6 +219,16 @@ def cache_folder() -> Path:
     """Where converted models are kept: $CORDA_CACHE, else the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corda"
     return Path(os.environ.get("CORDA_CACHE", default))
+
+
+def _keep_exact(model: PreTrainedModel) -> None:
+    """On CPUs with bf16 instructions bitsandbytes repacks 4-bit weights at the first forward pass without gradients,
+    with scales and activations rounded to bf16 and no exact way back: a model would then be measured with other
+    weights than it is trained with.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _common(source: Source, options: ModelOptions) -> dict[str, Any]:

@@ -14,14 +14,18 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from corda.errors import ModelError
 from corda.models import Source
+from corda.quantization import unpacked
 from corda.recipe import ModelOptions
 
 
 class LazyWeights:
     """A checkpoint's tensors by the model's own parameter names, read when asked for.
+
+    Layers that the checkpoint holds in 4 bits (bitsandbytes) are given as numbers.
 
     Raises:
         ModelError: the checkpoint is not in safetensors, or has no tensor for a parameter of the model.
@@ -34,6 +38,7 @@ class LazyWeights:
             folder = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=allowed))
         self._dtype = dtype
         self._places = _index(folder)
+        self._transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
         prefix = f"{model.base_model_prefix}."
         self._keys: dict[str, str] = {}
         tied = set(model.all_tied_weights_keys)
@@ -45,16 +50,24 @@ class LazyWeights:
                 raise ModelError(
                     "weights cannot be off-loaded: the checkpoint names them in another way",
                     where=f"{source.path}, {name}",
-                    fix="set context.offload: false",
+                    fix="set context.offload: false; for a 4-bit model, save the checkpoint anew with transformers",
                 )
 
     def get(self, name: str) -> Tensor:
         """One parameter, on the CPU, in the dtype of the run."""
         key = self._keys[name]
+        tensor = self._read(key)
+        parts = [part for part in self._places if part.startswith(f"{key}.")]
+        if parts:
+            tensor = unpacked(tensor, {part: self._read(part) for part in parts})
+            tensor = tensor.T if name in self._transposed else tensor
+        return tensor.to(self._dtype)
+
+    def _read(self, key: str) -> Tensor:
         with safe_open(self._places[key], framework="pt") as stream:
             tensor = stream.get_tensor(key)
             assert isinstance(tensor, Tensor)
-            return tensor.to(self._dtype)
+            return tensor
 
     @contextmanager
     def on(self, module: nn.Module, prefix: str, device: torch.device) -> Iterator[None]:

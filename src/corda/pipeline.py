@@ -9,8 +9,10 @@ concerns.
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from corda.plan import plan as plans
 from corda.plan.make import make_plan
 from corda.plan.plan import Plan
 from corda.progress import Progress, silent
+from corda.quantization import round_trip
 from corda.recipe import Recipe
 from corda.report.card import model_card
 from corda.report.page import write_page
@@ -151,7 +154,7 @@ class Stages:
             context, key = self.context(), self.inputs.fingerprints["plan"]
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
-                model, lazy = self._for_context()
+                model, lazy = self._for_context() if context else (self._shell(), None)
                 plan = make_plan(
                     model,
                     context or self.inputs.targets,
@@ -160,6 +163,7 @@ class Stages:
                     journal=journal,
                     weights=lazy.get if lazy else None,
                     device=models.pick_device(self.recipe.model.device),
+                    quantise=self._quantise(),
                     progress=self.progress,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
@@ -280,12 +284,21 @@ class Stages:
         return self._live
 
     def _for_context(self) -> tuple[PreTrainedModel, LazyWeights | None]:
-        """The base, or with off-loading its empty shell and where its weights come from."""
-        if not self.recipe.context.offload:
+        """The base, or with off-loading or in 4 bits its empty shell and where weights in full precision come from."""
+        if not self.recipe.context.offload and self.inputs.quantisation is None:
             return self._base(), None
-        dtype = models.pick_dtype(self.recipe.model)
-        shell = empty_model(self.inputs.source, self.recipe.model, dtype)
-        return shell, LazyWeights(self.inputs.source, shell, dtype)
+        shell = self._shell()
+        return shell, LazyWeights(self.inputs.source, shell, self._dtype())
+
+    def _shell(self) -> PreTrainedModel:
+        return empty_model(self.inputs.source, self.recipe.model, self._dtype())
+
+    def _dtype(self) -> torch.dtype:
+        return models.pick_dtype(self.recipe.model, self.inputs.source)
+
+    def _quantise(self) -> Callable[[Tensor], Tensor] | None:
+        kind = self.inputs.quantisation
+        return None if kind is None else functools.partial(round_trip, kind=kind, dtype=self._dtype())
 
     def _attach(self) -> tuple[PeftModel, dict[str, Any]]:
         plan, base = self.plan(), self._base()
@@ -293,7 +306,12 @@ class Stages:
         reference = probe_logits(base, probe)
         dtype = base.dtype
         base.eval()
-        model = adapter.attach(base, plan, base=self.recipe.adapter.base, seed=self.recipe.seed)
+        four_bit = self.inputs.quantisation is not None
+        form = self.recipe.adapter.form(four_bit)
+        weights = self._for_context()[1] if four_bit and form == "residual" else None
+        model = adapter.attach(
+            base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None
+        )
         self._live = model
         differences = {}
         for mode in ("eval", "train"):
@@ -304,7 +322,8 @@ class Stages:
         model.eval()
         largest = max(differences.values())
         tolerance = STEP0_TOLERANCE.get(dtype, _LOOSE)
-        if not largest <= tolerance:
+        nearer = four_bit and (form == "residual" or bool(plan.corrections))  # meant to differ from the 4-bit base
+        if not (largest <= tolerance or (nearer and math.isfinite(largest))):
             raise CheckError(
                 "the adapter changes the model before training",
                 where="step 0",

@@ -16,6 +16,7 @@ Base = Literal["intact", "residual"]
 Allocation = Literal["uniform", "dynamic"]
 Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
+Correction = Literal["none", "fit", "frozen"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
 ExportFormat = Literal["lora", "residual", "merged", "none"]
@@ -39,6 +40,9 @@ class ModelOptions(_Strict):
     dtype: Dtype = Field("auto", description="auto: float32 on a CPU, the checkpoint's own elsewhere")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    load_in_4bit: bool = Field(False, description="hold the linear layers in 4 bits (bitsandbytes)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="code book, for load_in_4bit")
+    bnb_4bit_use_double_quant: bool = Field(False, description="quantise the scales too, for load_in_4bit")
 
 
 class DataSource(_Strict):
@@ -108,7 +112,16 @@ class AdapterOptions(_Strict):
     exponent: float = Field(1.0, description="a in W C^a: 1 CorDA, 0.5 output energy, 0 plain SVD")
     damp: float = Field(0.01, ge=0, description="damping, in units of C's mean diagonal")
     balance: Balance = Field("equal", description="split of BA: equal norms, or the paper's sigma")
-    base: Base = Field("intact", description="intact: W stays; residual: W - BA replaces it")
+    base: Base | None = Field(
+        None, description="intact: W stays; residual: W - BA replaces it; default: intact, residual for a 4-bit model"
+    )
+    correction: Correction = Field(
+        "none",
+        description="of the error of 4 bits, in the metric of the data: none; fit: the adapter is refitted to it; "
+        "frozen: a frozen low-rank part beside the adapter",
+    )
+    correction_rank: PositiveInt | None = Field(None, description="of the frozen part; default: rank")
+    correction_rounds: PositiveInt = Field(1, description="of quantising and refitting")
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear (all but the output head), names, or a regular expression"
     )
@@ -133,6 +146,19 @@ class AdapterOptions(_Strict):
         if self.lora_dropout > 0 and self.base == "residual" and self.mode != "lora":
             raise ValueError("lora_dropout with base 'residual' drops components of the base: use base 'intact'")
         return self
+
+    @model_validator(mode="after")
+    def _correction_fits(self) -> AdapterOptions:
+        if self.correction != "none" and self.mode == "lora":
+            raise ValueError("a correction needs covariances, which mode lora has not")
+        if self.base == "intact" and (self.correction == "fit" or self.correction_rounds > 1):
+            raise ValueError("an intact base can only have correction 'frozen', of one round: use base 'residual'")
+        return self
+
+    def form(self, four_bit: bool) -> Base:
+        """How the base is held: as asked, else intact, or residual for a 4-bit model."""
+        default: Base = "residual" if four_bit and self.mode != "lora" else "intact"
+        return self.base or default
 
     @model_validator(mode="after")
     def _sigma_needs_damping(self) -> AdapterOptions:
@@ -279,6 +305,9 @@ class Recipe(_Strict):
             raise ValueError("data.learn, the task to train on, is not set")
         if self.export.format == "residual" and self.adapter.mode == "lora":
             raise ValueError("export.format residual needs initial factors, which mode lora has not")
+        adapter = self.adapter
+        if self.model.load_in_4bit and adapter.lora_dropout > 0 and adapter.form(four_bit=True) == "residual":
+            raise ValueError("lora_dropout with a 4-bit residual base drops components of it: use base 'intact'")
         return self
 
     def context_source(self) -> DataSource | None:

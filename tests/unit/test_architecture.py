@@ -17,6 +17,7 @@ RANKS = [
     {"krylov", "journal"},
     {"linalg", "compress"},
     {"targets", "models"},
+    {"quantization"},
     {"offload"},
     {"data"},
     {"context"},

@@ -23,6 +23,7 @@ from corda.plan.parallel import each
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
 from corda.progress import Progress, silent
+from corda.quantization import Factors, start
 from corda.reading import parse_adapter
 from corda.recipe import AdapterOptions, Selection
 from corda.targets import LayerSpec, weight_of
@@ -39,6 +40,7 @@ def make_plan(
     journal: Journal | None = None,
     weights: Callable[[str], Tensor] | None = None,
     device: torch.device | None = None,
+    quantise: Callable[[Tensor], Tensor] | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -52,6 +54,7 @@ def make_plan(
         journal: Where finished layers are kept, so that an interrupted decomposition continues.
         weights: For a model without weights: gives a parameter by its full name.
         device: To compute on; default: that of the model.
+        quantise: For a 4-bit model: W (d_out, d_in) -> Q(W) as numbers; see `corda.quantization.round_trip`.
         progress: Shows how far it is.
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
@@ -77,7 +80,13 @@ def make_plan(
         given = weights(f"{spec.name}.weight") if weights is not None else None
         return weight_of(model, spec, given).to(device)
 
-    work = _Work(context, options, selection, weight, device, journal)
+    if options.correction != "none" and quantise is None:
+        raise PlanError(
+            "there is no error of 4 bits to correct",
+            where=f"adapter.correction {options.correction}",
+            fix="set model.load_in_4bit: true, or correction: none",
+        )
+    work = _Work(context, options, selection, weight, device, journal, quantise)
     groups = context.members()
     small = device.type == "cpu" and max(min(spec.d_out, spec.d_in) for spec in specs) <= linalg.EXACT_LIMIT
     with torch.no_grad(), full_precision():
@@ -108,6 +117,8 @@ def make_plan(
         {part.layer.name: (part.A, part.B) for part in ordered},
         {part.layer.name: part.spectrum for part in ordered},
         (*context.warnings, *notes),
+        {part.layer.name: part.removed for part in ordered if part.removed},
+        {part.layer.name: part.correction for part in ordered if part.correction},
     )
 
 
@@ -160,6 +171,27 @@ class _Part:
     A: Tensor
     B: Tensor
     spectrum: Tensor
+    removed: Factors | None = None
+    correction: Factors | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by a name of its own."""
+        tensors = {"A": self.A, "B": self.B, "spectrum": self.spectrum}
+        for kind, pair in (("removed", self.removed), ("correction", self.correction)):
+            if pair is not None:
+                tensors |= {f"{kind}_A": pair[0].contiguous(), f"{kind}_B": pair[1].contiguous()}
+        return {f"{self.layer.name}.{key}": tensor for key, tensor in tensors.items()}
+
+    @classmethod
+    def noted(cls, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> _Part:
+        """Inverse of `named`."""
+
+        def pair(kind: str) -> Factors | None:
+            key = f"{layer.name}.{kind}"
+            return (tensors[f"{key}_A"], tensors[f"{key}_B"]) if f"{key}_A" in tensors else None
+
+        A, B, spectrum = (tensors[f"{layer.name}.{part}"] for part in ("A", "B", "spectrum"))
+        return cls(layer, A, B, spectrum, pair("removed"), pair("correction"))
 
 
 @dataclass(frozen=True)
@@ -172,6 +204,7 @@ class _Work:
     weight: Callable[[LayerSpec], Tensor]
     device: torch.device
     journal: Journal | None
+    quantise: Callable[[Tensor], Tensor] | None = None
 
     def metric(self, layer: str, round_: int | None) -> Metric:
         """(C + λI)^a of a layer's candidate."""
@@ -229,10 +262,7 @@ class _Work:
         facts = self.journal.facts(group) if self.journal else None
         if self.journal is not None and facts is not None:
             tensors = load_file(self.journal.path(group))
-            return [
-                _Part(layer_from_json(raw), *(tensors[f"{raw['name']}.{part}"] for part in ("A", "B", "spectrum")))
-                for raw in facts["layers"]
-            ]
+            return [_Part.noted(layer_from_json(raw), tensors) for raw in facts["layers"]]
         metrics: dict[int | None, Metric] = {}
         parts = []
         for spec, layer in members:
@@ -240,13 +270,11 @@ class _Work:
                 metrics = {layer.chosen: self.metric(spec.name, layer.chosen)}
             tokens = self.context.token_count(spec.name, layer.chosen)
             planned = replace(layer, group=group, tokens=tokens)
-            parts.append(_factorise(spec, planned, self.weight(spec), metrics[layer.chosen], self.options))
+            W, metric = self.weight(spec), metrics[layer.chosen]
+            part = _factorise(spec, planned, W, metric, self.options)
+            parts.append(part if self.quantise is None else _quantised(part, W, metric, self.options, self.quantise))
         if self.journal is not None:
-            named = {
-                f"{p.layer.name}.{part}": tensor
-                for p in parts
-                for part, tensor in (("A", p.A), ("B", p.B), ("spectrum", p.spectrum))
-            }
+            named = {key: tensor for part in parts for key, tensor in part.named().items()}
             self.journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
         return parts
 
@@ -290,3 +318,28 @@ def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, opt
         norm_ratio=float(A.norm()) / max(float(B.norm()), 1e-30),
     )
     return _Part(layer, A.cpu(), B.cpu(), values.float().cpu())
+
+
+def _quantised(
+    part: _Part, W: Tensor, metric: Metric, options: AdapterOptions, quantise: Callable[[Tensor], Tensor]
+) -> _Part:
+    s = scaling(options, part.layer.rank)
+    begin = start(
+        W,
+        metric,
+        (part.A.to(W.device), part.B.to(W.device)),
+        scaling=s,
+        quantise=quantise,
+        residual=options.form(four_bit=True) == "residual",
+        correction=options.correction,
+        rank=options.correction_rank or options.rank,
+        rounds=options.correction_rounds,
+        balance=options.balance,
+    )
+
+    def home(pair: Factors | None) -> Factors | None:
+        return (pair[0].cpu(), pair[1].cpu()) if pair else None
+
+    A, B = begin.trained
+    layer = replace(part.layer, quantised=begin.error)
+    return _Part(layer, A.cpu(), B.cpu(), part.spectrum, home(begin.removed), home(begin.correction))

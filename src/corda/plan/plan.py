@@ -14,6 +14,7 @@ from torch import Tensor
 
 from corda import artifact, linalg
 from corda.errors import PlanError
+from corda.quantization import QuantisationError, totals
 from corda.recipe import AdapterOptions, Mode
 from corda.targets import LayerSpec
 
@@ -44,6 +45,7 @@ class LayerPlan:
         scores: Score of every candidate, the lowest of which was taken unless a round was set by hand; empty without
             dynamic selection.
         edited: `adapter.ranks` gave it another rank or round than selection and allocation.
+        quantised: What 4 bits cost the layer; None in a model of higher precision.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerPlan:
     floor_decided: bool = False
     scores: tuple[float, ...] = ()
     edited: bool = False
+    quantised: QuantisationError | None = None
 
     @property
     def parameters(self) -> int:
@@ -81,6 +84,9 @@ class Plan:
         factors: Layer name -> (A (r, d_in), B (d_out, r)), fp32, on the CPU; empty for plain LoRA.
         spectra: Layer name -> singular values of W (C + λI)^a, (n,) fp32 ascending; empty for plain LoRA.
         warnings: What a person should know.
+        removed: Layer name -> (A, B) whose product is taken out of a 4-bit layer before it is quantised, where
+            that is not the adapter's start.
+        corrections: Layer name -> (A, B) of the frozen correction of a 4-bit layer.
     """
 
     options: AdapterOptions
@@ -88,6 +94,8 @@ class Plan:
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     spectra: Mapping[str, Tensor] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    removed: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    corrections: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
@@ -105,10 +113,12 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the tensors."""
+        errors = [layer.quantised for layer in self.layers if layer.quantised]
         return {
             "mode": self.mode,
             "options": self.options.model_dump(mode="json"),
             "trainable_parameters": self.trainable_parameters,
+            "quantisation": totals(errors) if errors else None,
             "layers": [asdict(layer) | {"shape": [layer.d_out, layer.d_in]} for layer in self.layers],
             "warnings": list(self.warnings),
         }
@@ -123,7 +133,8 @@ def scaling(options: AdapterOptions, rank: int) -> float:
 def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
     """Inverse of asdict, after JSON."""
     fields = {key: value for key, value in raw.items() if key != "shape"}
-    return LayerPlan(**(fields | {"scores": tuple(raw["scores"])}))
+    quantised = QuantisationError(**raw["quantised"]) if raw["quantised"] else None
+    return LayerPlan(**(fields | {"scores": tuple(raw["scores"]), "quantised": quantised}))
 
 
 def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
@@ -151,7 +162,12 @@ def save(
     Raises:
         ResourceError: not enough space.
     """
-    tensors = {f"{name}.{part}": t for name, pair in plan.factors.items() for part, t in zip("AB", pair, strict=True)}
+    tensors = {
+        f"{name}.{kind}{part}": tensor.contiguous()
+        for kind, pairs in (("", plan.factors), ("removed_", plan.removed), ("correction_", plan.corrections))
+        for name, pair in pairs.items()
+        for part, tensor in zip("AB", pair, strict=True)
+    }
     size = sum(4 * t.numel() for t in [*tensors.values(), *plan.spectra.values()])
     with artifact.writing(folder, "plan", fingerprint, parents, size) as (temporary, manifest):
         manifest.update(extra)
@@ -166,10 +182,15 @@ def load(found: artifact.Artifact) -> Plan:
     raw = json.loads(found.path("plan.json").read_text(encoding="utf-8"))
     tensors = load_file(found.path("factors.safetensors"))
     layers = tuple(layer_from_json(layer) for layer in raw["layers"])
-    factors = {
-        layer.name: (tensors[f"{layer.name}.A"], tensors[f"{layer.name}.B"])
-        for layer in layers
-        if f"{layer.name}.A" in tensors
-    }
+
+    def pairs(kind: str) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            layer.name: (tensors[f"{layer.name}.{kind}A"], tensors[f"{layer.name}.{kind}B"])
+            for layer in layers
+            if f"{layer.name}.{kind}A" in tensors
+        }
+
     spectra = load_file(found.path("spectra.safetensors"))
-    return Plan(AdapterOptions(**raw["options"]), layers, factors, spectra, tuple(raw["warnings"]))
+    options = AdapterOptions(**raw["options"])
+    notes = tuple(raw["warnings"])
+    return Plan(options, layers, pairs(""), spectra, notes, pairs("removed_"), pairs("correction_"))
