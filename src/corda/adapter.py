@@ -30,7 +30,6 @@ from corda.errors import AdapterError
 from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
-from corda.targets import weight_of
 
 TRAINED = "default"
 INITIAL = "initial"
@@ -188,7 +187,8 @@ def attach(
                 module.lora_variant[TRAINED] = Corrected()
             inner = module.base_layer
             if is_4bit(inner):
-                W = full_weight(inner) if weights is None else weight_of(model, layer, weights(f"{layer.name}.weight"))
+                W = full_weight(inner) if weights is None else weights(f"{layer.name}.weight").float()
+                W = W.T if weights is not None and layer.kind == "conv1d" else W
                 A, B = plan.factors[layer.name]
                 A, B = plan.removed.get(layer.name, (A, plan.scaling(layer.rank) * B))
                 place = inner.weight.device

@@ -95,7 +95,7 @@ class Inputs:
         options = r.adapter.model_dump(mode="json", exclude={"base"})
         chosen = [context, r.context.selection] if r.context_source() else None
         if self.quantisation is not None:  # the context is that of the weights in full precision
-            model = [*model, vars(self.quantisation), r.adapter.form(four_bit=True)]
+            model = [*model, repr(self.quantisation), r.adapter.form(four_bit=True)]
         plan = artifact.fingerprint("plan", model, chosen, options)
         settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
         train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings)

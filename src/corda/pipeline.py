@@ -309,9 +309,7 @@ class Stages:
         four_bit = self.inputs.quantisation is not None
         form = self.recipe.adapter.form(four_bit)
         weights = self._for_context()[1] if four_bit and form == "residual" else None
-        model = adapter.attach(
-            base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None
-        )
+        model = adapter.attach(base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None)
         self._live = model
         differences = {}
         for mode in ("eval", "train"):

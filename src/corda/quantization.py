@@ -6,6 +6,7 @@ to what is really missing afterwards, W - Q(W - BA), weighted by the data's cova
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -226,9 +227,7 @@ def require() -> None:
     _bitsandbytes()
 
 
-def _fitted(
-    missing: Tensor, half: Metric, rank: int, scaling: float, balance: Literal["equal", "sigma"]
-) -> Factors:
+def _fitted(missing: Tensor, half: Metric, rank: int, scaling: float, balance: Literal["equal", "sigma"]) -> Factors:
     """s B A = the best approximation of `missing` (d_out, d_in) of that rank, errors weighted by the inputs."""
     found = linalg.subspace(missing, half, min(rank, *missing.shape), "largest")
     A, B, _ = linalg.factors(missing, found, scaling=scaling, balance=balance)
@@ -240,7 +239,7 @@ def _error(W: Tensor, plain: Tensor, begin: Tensor, C: Tensor) -> QuantisationEr
         return float(E.double().norm())
 
     def output(E: Tensor) -> float:
-        return float(((E @ C.to(E.dtype)) * E).double().sum().clamp_min(0)) ** 0.5
+        return math.sqrt(max(0.0, float(((E @ C.to(E.dtype)) * E).double().sum())))
 
     return QuantisationError(
         weight(W), output(W), weight(plain - W), output(plain - W), weight(begin - W), output(begin - W)

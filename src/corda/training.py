@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,10 @@ def train(
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
     resume = _checkpoint(folder, fingerprint) if options.resume_from_checkpoint else None
     arguments = trainer_arguments(options, folder, seed, next(model.parameters()).device)
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    with _undisturbed(model):
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
@@ -100,6 +104,15 @@ def train(
         tuple(float(e["learning_rate"]) for e in logged),
         seconds,
     )
+
+
+@contextmanager
+def _undisturbed(model: PeftModel) -> Iterator[None]:
+    """Undo the trainer's rounding of adapters on 4-bit bases to bf16: B A would no longer cancel B0 A0."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
 
 
 def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device: torch.device) -> Any:

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("bitsandbytes")
 
-from corda import pipeline  # noqa: E402
-from corda.recipe import parse_recipe  # noqa: E402
+from corda import pipeline
+from corda.recipe import parse_recipe
 
 
 def four_bit(raw_recipe, **adapter):
