@@ -33,6 +33,7 @@ from corda.evaluation.scores import change
 from corda.exporting import export as exporting
 from corda.exporting.check import probe_logits
 from corda.exporting.kept import kept_warning
+from corda.forms import TRAINED
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
@@ -335,7 +336,7 @@ class Stages:
         trained = self.trained()
         if not isinstance(self._live, PeftModel):
             model, _ = self._attach()
-            model.load_adapter(str(trained.folder), adapter.TRAINED)
+            model.load_adapter(str(trained.folder), TRAINED)
         assert isinstance(self._live, PeftModel)
         return self._live
 

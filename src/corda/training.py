@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.trainer_utils import get_last_checkpoint
 
 from corda import artifact
-from corda.adapter import INITIAL, TRAINED
 from corda.data.batches import Encoded
 from corda.errors import DataError, RecipeError
+from corda.forms import INITIAL, TRAINED
 from corda.recipe import TrainingOptions
 
 _OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}

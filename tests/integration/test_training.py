@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corda.adapter import INITIAL, attach
+from corda.adapter import attach
 from corda.context.collect import collect
 from corda.data.batches import encode, load_records
 from corda.errors import DataError, RecipeError
+from corda.forms import INITIAL
 from corda.plan.make import make_plan
 from corda.recipe import DataSource, TrainingOptions
 from corda.training import train

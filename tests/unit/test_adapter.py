@@ -10,10 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from corda import adapter
-from corda.adapter import INITIAL, attach, relative_difference
+from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError, PlanError
 from corda.exporting.export import export
+from corda.forms import INITIAL
 from corda.plan.make import make_plan
 from corda.targets import weight_of
 

@@ -22,7 +22,7 @@ RANKS = [
     {"data"},
     {"context"},
     {"plan"},
-    {"adapter", "compat"},
+    {"adapter", "compat", "forms"},
     {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
     {"inputs"},

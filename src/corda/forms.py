@@ -1,0 +1,80 @@
+"""What an adapted layer computes, as variants of PEFT's LoRA layer: the intact form, and a 4-bit layer's correction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor
+
+# Names of the adapters that a layer carries.
+TRAINED = "default"
+INITIAL = "initial"
+CORRECTION = "correction"
+
+
+class Difference(LoraVariant):  # type: ignore[misc]
+    """PEFT forward of the intact form: the two products are subtracted before they meet W x.
+
+    At step 0 both are the same bits, so their difference is exactly zero in any dtype; and dropout draws one mask for
+    both.
+    """
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to set up: the initial factors are an adapter of their own."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        fixed = _corrected(module, x, result)
+        x = module.lora_dropout[active_adapter](x)
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        start = module.lora_B[INITIAL](module.lora_A[INITIAL](x))
+        out: Tensor = fixed + (now - start) * module.scaling[active_adapter]
+        return out
+
+    @classmethod
+    def merge_safe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """orig_weight with everything that `forward` adds, in the layer's own layout, rounded once to its dtype."""
+        return (orig_weight + cls.delta(module, active_adapter)).to(orig_weight.dtype)
+
+    @classmethod
+    def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same in place."""
+        orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))
+
+    @classmethod
+    def unmerge(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Take it out again."""
+        return (orig_weight - cls.delta(module, active_adapter)).to(orig_weight.dtype)
+
+    @staticmethod
+    def delta(module: LoraLayer, active_adapter: str) -> Tensor:
+        """s (B A - B0 A0) and the correction, shape of the layer's weight."""
+        change: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
+        return change + module.get_delta_weight(CORRECTION) if CORRECTION in module.lora_A else change
+
+
+class Corrected(Difference):
+    """PEFT forward of the residual form of a 4-bit layer with a frozen correction: Q(W') x + s B A x + F x."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
+        out: Tensor = _corrected(module, x, result) + now * module.scaling[active_adapter]
+        return out
+
+    @staticmethod
+    def delta(module: LoraLayer, active_adapter: str) -> Tensor:
+        """s B A and the correction, shape of the layer's weight."""
+        total: Tensor = module.get_delta_weight(active_adapter) + module.get_delta_weight(CORRECTION)
+        return total
+
+
+def _corrected(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor:
+    if CORRECTION not in module.lora_A:
+        return result
+    out: Tensor = result + module.lora_B[CORRECTION](module.lora_A[CORRECTION](x))
+    return out
