@@ -140,7 +140,7 @@ def _correction_config(model: nn.Module, config: LoraConfig, plan: Plan) -> Lora
     r = Counter(ranks.values()).most_common(1)[0][0]
     own = copy.deepcopy(config)
     own.r, own.lora_alpha, own.use_rslora = r, r, False
-    own.rank_pattern = {_exact_key(model, name): rank for name, rank in ranks.items() if rank != r}
+    own.rank_pattern = {exact_key(model, name): rank for name, rank in ranks.items() if rank != r}
     own.alpha_pattern = dict(own.rank_pattern)
     return own
 

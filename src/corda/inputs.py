@@ -10,6 +10,7 @@ from corda import artifact, models, quantization
 from corda.data import sources
 from corda.data.batches import load_records
 from corda.data.formats import Record, render
+from corda.errors import RecipeError
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
 from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
@@ -142,6 +143,14 @@ class Inputs:
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
         if self.quantisation is not None:
             quantization.require()
+            form = self.recipe.adapter.form(four_bit=True)
+            if self.quantisation.stored and form == "residual" and self.recipe.export.format != "none":
+                raise RecipeError(
+                    "a checkpoint that is stored in 4 bits has no base in full precision to export an adapter for",
+                    where="export.format",
+                    got=self.recipe.export.format,
+                    fix="set adapter.base: intact, or export.format: none",
+                )
         rank = uniform_rank(targets, self.recipe.adapter)
         ranks = {t.name: by_hand(self.recipe.adapter, t.name).rank or rank for t in targets}
         dynamic = self.recipe.adapter.allocation == "dynamic"

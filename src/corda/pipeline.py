@@ -43,7 +43,7 @@ from corda.plan.make import make_plan
 from corda.plan.plan import Plan
 from corda.progress import Progress, silent
 from corda.quantization import round_trip
-from corda.recipe import Recipe
+from corda.recipe import ModelOptions, Recipe
 from corda.report.card import model_card
 from corda.report.page import write_page
 
@@ -230,7 +230,7 @@ class Stages:
                     model,
                     folder,
                     r.export.model_copy(update={"push_to_hub": None}),
-                    fresh_base=lambda: models.load(r.model).model,
+                    fresh_base=lambda: models.load(self._export_base()).model,
                     probe=self._probe(),
                     records=self._measured_on() if r.export.rank is not None else (),
                     tokenizer=self.inputs.tokenizer,
@@ -241,6 +241,11 @@ class Stages:
         known[key] = known.get(key, {}) | exporting.published(done, r.export).as_json()
         artifact.write_json(book, known)
         return dict(known[key])
+
+    def _export_base(self) -> ModelOptions:
+        """The base that an export is for: as in the run, or in full precision where the run's was quantised anew."""
+        residual = self.recipe.adapter.form(self.inputs.quantisation is not None) == "residual"
+        return self.recipe.model.model_copy(update={"load_in_4bit": False}) if residual else self.recipe.model
 
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("bitsandbytes")
 
 from corda import pipeline
-from corda.recipe import parse_recipe
+from corda.reading import parse_recipe
 
 
 def four_bit(raw_recipe, **adapter):
@@ -28,14 +28,16 @@ def four_bit(raw_recipe, **adapter):
     ],
 )
 def test_a_run_on_a_4bit_base(raw_recipe, mode, base, correction, rounds):
-    raw_recipe["export"] = {"format": "none"}
     recipe = four_bit(raw_recipe, mode=mode, base=base, correction=correction, correction_rounds=rounds)
     results = pipeline.run(recipe)
     before, after = (results["scores"][k]["sums/answer_loss"]["value"] for k in ("before", "after"))
     assert after < before
+    assert results["export"]["max_relative_logit_difference"] <= 1e-5
     if mode == "lora":
         assert results["plan"]["quantisation"] is None
         return
+    extra = 4 if (base, correction) == ("intact", "frozen") else 0
+    assert results["export"]["rank"] == 8 + extra
     errors = results["plan"]["quantisation"]
     assert 0 < errors["output_plain"] < 1
     if correction == "none" and base == "intact":

@@ -16,7 +16,7 @@ from corda.errors import AdapterError, ArtifactError
 from corda.exporting import hub
 from corda.exporting.check import again, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
-from corda.exporting.update import Compression, read_update, refuse_rank
+from corda.exporting.update import Compression, is_requantised, read_update, refuse_rank
 from corda.metric import full_precision
 from corda.reading import parse_export
 from corda.recipe import ExportOptions
@@ -46,7 +46,8 @@ def export(
         model: From `attach`, trained; unchanged.
         folder: Where to; must not hold anything but an earlier export.
         options: Export options.
-        fresh_base: Loads the original base once more; default: from the path that the model came from.
+        fresh_base: Loads the original base once more, for a 4-bit residual base in full precision; default: from the
+            path that the model came from.
         probe: Keyword arguments of a forward pass; default: 2 x 32 token ids spread over the vocabulary.
         records: Forward passes without padding that the effect of `rank` is measured on; default: the probe.
         tokenizer: Saved beside full weights.
@@ -76,6 +77,7 @@ def export(
             tokenizer,
             card,
             fingerprint,
+            requantised=is_requantised(model),
         )
         return published(write_checked(work, Path(folder), options), options)
     finally:

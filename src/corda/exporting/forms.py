@@ -42,6 +42,8 @@ class Work:
         tokenizer: Saved with full weights.
         card: Text of README.md; default: PEFT's for format lora, else none.
         fingerprint: Of everything that the export depends on.
+        requantised: The live model computes with other base weights than the original ones, quantised after the
+            start was taken out of them: reloaded logits are compared with the original base and the update instead.
     """
 
     update: Update
@@ -52,6 +54,7 @@ class Work:
     tokenizer: Any = None
     card: str | None = None
     fingerprint: str = ""
+    requantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,12 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
     """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
-    factors, compression, expected = update.added, None, probe_logits(work.live, work.probe)
+    factors, compression = update.added, None
+    if work.requantised:
+        with added(fresh, factors):
+            expected = probe_logits(fresh, work.probe)
+    else:
+        expected = probe_logits(work.live, work.probe)
     if options.rank is not None:
         with added(fresh, factors):  # that they are right is checked before anything is left out of them
             confirm(probe_logits(fresh, work.probe), expected, tolerance, folder)

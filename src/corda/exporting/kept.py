@@ -12,10 +12,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from corda.adapter import INITIAL, Difference
 from corda.errors import CheckError
 from corda.exporting.update import Factors
 from corda.exporting.write import layer_of
+from corda.forms import INITIAL, Difference
 
 # What a form that is exact but for its own arithmetic may be off by, and what rounded weights may lose at most.
 _EXACT, _MOST = 0.01, 0.5
@@ -110,6 +110,6 @@ def effective_weight(model: nn.Module, name: str, *, adapted: bool = True) -> Te
         for adapter in module.active_adapters:
             if adapter in module.lora_A:
                 W = W + module.get_delta_weight(adapter)
-            if isinstance(module.lora_variant.get(adapter), Difference):
+            if type(module.lora_variant.get(adapter)) is Difference:
                 W = W - module.get_delta_weight(INITIAL)
     return W.T if isinstance(inner, Conv1D) else W

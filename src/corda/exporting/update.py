@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 
 from corda import compress
-from corda.adapter import INITIAL, TRAINED
 from corda.errors import RecipeError
+from corda.forms import CORRECTION, INITIAL, TRAINED, Corrected, Difference
+from corda.quantization import is_4bit
 from corda.recipe import ExportOptions
 
 
@@ -33,7 +35,7 @@ class Update:
     """What an export writes, by full dotted layer name.
 
     Attributes:
-        added: ΔW = s (B A - B0 A0), rank 2r; or s B A for plain LoRA.
+        added: ΔW = s (B A - B0 A0), rank 2r; or s B A for plain LoRA; and the correction of an intact 4-bit base.
         trained: s B A, rank r.
         start: s B0 A0, rank r; empty for plain LoRA.
         base: Hub id or path of the original base.
@@ -90,8 +92,22 @@ def read_update(model: PeftModel) -> Update:
         if INITIAL in module.lora_A:
             start[name] = _folded(module, INITIAL)
             added[name] = subtract(now, start[name])
+        if CORRECTION in module.lora_A and not isinstance(module.lora_variant[TRAINED], Corrected):
+            A, B = _folded(module, CORRECTION)  # of Q(W), which stays the base; elsewhere W needs none
+            added[name] = Factors(torch.cat([added[name].A, A]), torch.cat([added[name].B, B], dim=1))
     config = model.peft_config[TRAINED]
     return Update(added, trained, start, config.base_model_name_or_path, config.revision, config.task_type)
+
+
+def is_requantised(model: PeftModel) -> bool:
+    """Whether the model is a 4-bit one in the residual form."""
+    return any(
+        isinstance(module, LoraLayer)
+        and INITIAL in module.lora_A
+        and is_4bit(module.get_base_layer())
+        and type(module.lora_variant.get(TRAINED)) is not Difference
+        for module in model.modules()
+    )
 
 
 def subtract(now: Factors, start: Factors) -> Factors:
