@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -360,6 +361,7 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of TRL's calls, not ours
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
