@@ -9,47 +9,33 @@ concerns.
 
 from __future__ import annotations
 
-import functools
-import gc
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda import adapter, artifact, models, training
+from corda import artifact, models, training
+from corda.bases import Bases
 from corda.context import collect, store
 from corda.context.store import Context
 from corda.data.batches import calibration_rounds, encode, pad_id
-from corda.errors import CheckError
 from corda.evaluation.evaluate import Scores, evaluate
-from corda.evaluation.scores import change
 from corda.exporting import export as exporting
-from corda.exporting.check import probe_logits
-from corda.exporting.kept import kept_warning
 from corda.forms import TRAINED
 from corda.inputs import Inputs
 from corda.journal import Journal
 from corda.metering import Meter
-from corda.offload import LazyWeights, empty_model
 from corda.plan import plan as plans
 from corda.plan.make import make_plan
 from corda.plan.plan import Plan
 from corda.progress import Progress, silent
-from corda.quantization import round_trip
-from corda.recipe import ModelOptions, Recipe
+from corda.recipe import Recipe
 from corda.report.card import model_card
 from corda.report.page import write_page
-
-RESULTS = "results.json"
-STEP0_TOLERANCE = {torch.float32: 1e-5}
-_LOOSE = 2e-2
+from corda.results import RESULTS, results
 
 
 def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> dict[str, Any]:
@@ -98,7 +84,7 @@ class Stages:
         self.inputs = Inputs(recipe)
         self.folder = recipe.output_dir
         self.meter = Meter()
-        self._live: PreTrainedModel | PeftModel | None = None  # the base, or the base with the adapter on it
+        self.bases = Bases(self.inputs)
         self._context: Context | None = None
         self._plan: Plan | None = None
 
@@ -122,7 +108,7 @@ class Stages:
                     pack_to=options.pack_to,
                     seed=r.seed,
                 )
-                model, weights = self._for_context()
+                model, weights = self.bases.for_context()
                 context = collect.collect_encoded(
                     model,
                     chosen,
@@ -155,7 +141,7 @@ class Stages:
             context, key = self.context(), self.inputs.fingerprints["plan"]
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
-                model, lazy = self._for_context() if context else (self._shell(), None)
+                model, lazy = self.bases.for_context() if context else (self.bases.shell(), None)
                 plan = make_plan(
                     model,
                     context or self.inputs.targets,
@@ -164,7 +150,7 @@ class Stages:
                     journal=journal,
                     weights=lazy.get if lazy else None,
                     device=models.pick_device(self.recipe.model.device),
-                    quantise=self._quantise(),
+                    quantise=self.bases.quantise(),
                     progress=self.progress,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
@@ -176,7 +162,7 @@ class Stages:
     def before(self) -> Scores:
         """Scores of the base model."""
         found = self._reusable("before", *self.reuse_from)
-        return self._scores(found) if found else self._measure("before", self._base())
+        return self._scores(found) if found else self._measure("before", self.bases.bare())
 
     def trained(self) -> artifact.Artifact:
         """The trained adapter, as a plain LoRA, with the training curve and the check at step 0."""
@@ -185,7 +171,7 @@ class Stages:
             return found
         r = self.recipe
         self.inputs.check_export({layer.name: layer.rank for layer in self.plan().layers})
-        model, step0 = self._attach()
+        model, step0 = self.bases.attached(self.plan())
         encoded = [
             encode(record, self.inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
             for record in self.inputs.learn_records
@@ -230,9 +216,9 @@ class Stages:
                     model,
                     folder,
                     r.export.model_copy(update={"push_to_hub": None}),
-                    fresh_base=lambda: models.load(self._export_base()).model,
-                    probe=self._probe(),
-                    records=self._measured_on() if r.export.rank is not None else (),
+                    fresh_base=lambda: models.load(self.bases.for_export()).model,
+                    probe=self.bases.probe(),
+                    records=self.bases.measured_on() if r.export.rank is not None else (),
                     tokenizer=self.inputs.tokenizer,
                     card=model_card(r, self.plan(), self.inputs.source),
                     fingerprint=key,
@@ -242,108 +228,21 @@ class Stages:
         artifact.write_json(book, known)
         return dict(known[key])
 
-    def _export_base(self) -> ModelOptions:
-        """The base that an export is for: as in the run, or in full precision where the run's was quantised anew."""
-        residual = self.recipe.adapter.form(self.inputs.quantisation is not None) == "residual"
-        return self.recipe.model.model_copy(update={"load_in_4bit": False}) if residual else self.recipe.model
-
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""
-        r, plan = self.recipe, self.plan()
-        trained, exported = self.trained(), self.exported()
-        before, after = self.before(), self.after()
-        curve = artifact.read_json(trained.path("curve.json"))
-        costs = [trained.manifest["costs"], exported.get("costs", {})]
-        costs += [
-            artifact.read(self.folder / k, k, verify=False).manifest["costs"] for k in ("plan", "before", "after")
-        ]
-        if self.recipe.context_source():
-            costs.append(artifact.read(self.folder / "context", "context", verify=False).manifest["costs"])
-        results = {
-            "schema": artifact.SCHEMA,
-            "recipe": r.as_json(),
-            "model": {
-                "name": r.model.model_name_or_path,
-                "fingerprint": models.identity(self.inputs.source, r.model),
-                "note": self.inputs.source.note,
-            },
-            "plan": plan.as_json(),
-            "step0": trained.manifest["step0"],
-            "train": curve | {"steps": curve["step"][-1] if curve["step"] else 0},
-            "scores": {"before": _flat(before), "after": _flat(after), "change": _changes(before, after)},
-            "answers": {"before": dict(before.answers), "after": dict(after.answers)},
-            "export": {k: v for k, v in exported.items() if k != "costs"},
-            "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
-            "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
-            "warnings": [*plan.warnings, *trained.manifest["warnings"], *kept_warning(exported)],
-            "provenance": trained.manifest["provenance"],
-        }
-        artifact.write_json(self.folder / RESULTS, results)
+        plan, trained, exported = self.plan(), self.trained(), self.exported()
+        found = results(self.folder, self.inputs, plan, trained, exported, self.before(), self.after())
+        artifact.write_json(self.folder / RESULTS, found)
         write_page([self.folder], self.folder / "report.html")
-        return results
-
-    def _base(self) -> PreTrainedModel:
-        if self._live is None or isinstance(self._live, PeftModel):
-            self._live = None
-            gc.collect()
-            self._live = models.load(self.recipe.model).model
-        return self._live
-
-    def _for_context(self) -> tuple[PreTrainedModel, LazyWeights | None]:
-        """The base, or with off-loading or in 4 bits its empty shell and where weights in full precision come from."""
-        if not self.recipe.context.offload and self.inputs.quantisation is None:
-            return self._base(), None
-        shell = self._shell()
-        return shell, LazyWeights(self.inputs.source, shell, self._dtype())
-
-    def _shell(self) -> PreTrainedModel:
-        return empty_model(self.inputs.source, self.recipe.model, self._dtype())
-
-    def _dtype(self) -> torch.dtype:
-        return models.pick_dtype(self.recipe.model, self.inputs.source)
-
-    def _quantise(self) -> Callable[[Tensor], Tensor] | None:
-        kind = self.inputs.quantisation
-        return None if kind is None else functools.partial(round_trip, kind=kind, dtype=self._dtype())
-
-    def _attach(self) -> tuple[PeftModel, dict[str, Any]]:
-        plan, base = self.plan(), self._base()
-        probe = self._probe()
-        reference = probe_logits(base, probe)
-        dtype = base.dtype
-        base.eval()
-        four_bit = self.inputs.quantisation is not None
-        form = self.recipe.adapter.form(four_bit)
-        weights = self._for_context()[1] if four_bit and form == "residual" else None
-        model = adapter.attach(base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None)
-        self._live = model
-        differences = {}
-        for mode in ("eval", "train"):
-            for module in model.modules():
-                if isinstance(module, LoraLayer):  # the base's own dropout is none of the adapter's business
-                    module.train(mode == "train")
-            differences[mode] = adapter.relative_difference(probe_logits(model, probe), reference)
-        model.eval()
-        largest = max(differences.values())
-        tolerance = STEP0_TOLERANCE.get(dtype, _LOOSE)
-        nearer = four_bit and (form == "residual" or bool(plan.corrections))  # meant to differ from the 4-bit base
-        if not (largest <= tolerance or (nearer and math.isfinite(largest))):
-            raise CheckError(
-                "the adapter changes the model before training",
-                where="step 0",
-                got=f"relative logit difference {largest:.2g}",
-                expected=f"at most {tolerance:.2g}",
-                fix="use base: intact, or a float32 model",
-            )
-        return model, {"max_relative_logit_difference": largest, **differences}
+        return found
 
     def _tuned(self) -> PeftModel:
         trained = self.trained()
-        if not isinstance(self._live, PeftModel):
-            model, _ = self._attach()
+        if not isinstance(self.bases.live, PeftModel):
+            model, _ = self.bases.attached(self.plan())
             model.load_adapter(str(trained.folder), TRAINED)
-        assert isinstance(self._live, PeftModel)
-        return self._live
+        assert isinstance(self.bases.live, PeftModel)
+        return self.bases.live
 
     def _measure(self, name: str, model: PreTrainedModel | PeftModel) -> Scores:
         model.eval()
@@ -370,27 +269,3 @@ class Stages:
     def _costs(self, stage: str) -> dict[str, Any]:
         cost = {"seconds": self.meter.seconds[stage], "peak_bytes": self.meter.peak_bytes[stage]}
         return {"costs": {stage: cost}}
-
-    def _probe(self) -> dict[str, Tensor]:
-        rows = [
-            encode(record, self.inputs.tokenizer, template=self.recipe.data.template, max_length=64)
-            for record in self.inputs.learn_records[:4]
-        ]
-        width = min(len(row) for row in rows)
-        ids = torch.tensor([row.ids[:width] for row in rows])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def _measured_on(self) -> list[dict[str, Tensor]]:
-        """Some records of what the context came from and of the training data, one by one, without padding."""
-        data = self.recipe.data
-        records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
-        rows = [encode(record, self.inputs.tokenizer, template=data.template, max_length=256) for record in records]
-        return [{"input_ids": torch.tensor([row.ids])} for row in rows]
-
-
-def _changes(before: Scores, after: Scores) -> dict[str, Any]:
-    return {name: change(score, after.values[name]).as_json() for name, score in before.values.items()}
-
-
-def _flat(scores: Scores) -> dict[str, Any]:
-    return {name: score.as_json() for name, score in scores.values.items()}

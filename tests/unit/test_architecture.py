@@ -26,6 +26,7 @@ RANKS = [
     {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
     {"inputs"},
+    {"bases", "results"},
     {"pipeline"},
     {"demo"},
     {"cli"},

@@ -1,0 +1,125 @@
+"""The run's model in the forms that its stages need; one of them in memory at a time."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corda import adapter, models
+from corda.data.batches import encode
+from corda.errors import CheckError
+from corda.exporting.check import probe_logits
+from corda.inputs import Inputs
+from corda.offload import LazyWeights, empty_model
+from corda.plan.plan import Plan
+from corda.quantization import round_trip
+from corda.recipe import ModelOptions
+
+STEP0_TOLERANCE = {torch.float32: 1e-5}
+_LOOSE = 2e-2
+
+
+class Bases:
+    """The base model of a run: bare, as an empty shell, or with an adapter on it.
+
+    Attributes:
+        live: What is in memory now.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.recipe = inputs, inputs.recipe
+        self.live: PreTrainedModel | PeftModel | None = None
+
+    def bare(self) -> PreTrainedModel:
+        """The base without an adapter."""
+        if self.live is None or isinstance(self.live, PeftModel):
+            self.live = None
+            gc.collect()
+            self.live = models.load(self.recipe.model).model
+        return self.live
+
+    def for_context(self) -> tuple[PreTrainedModel, LazyWeights | None]:
+        """The base, or with off-loading or in 4 bits its empty shell and where weights in full precision come from."""
+        if not self.recipe.context.offload and self.inputs.quantisation is None:
+            return self.bare(), None
+        shell = self.shell()
+        return shell, LazyWeights(self.inputs.source, shell, self.dtype())
+
+    def shell(self) -> PreTrainedModel:
+        """The base without weights."""
+        return empty_model(self.inputs.source, self.recipe.model, self.dtype())
+
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights."""
+        return models.pick_dtype(self.recipe.model, self.inputs.source)
+
+    def quantise(self) -> Callable[[Tensor], Tensor] | None:
+        """W -> Q(W) of a 4-bit base, None for any other."""
+        kind = self.inputs.quantisation
+        return None if kind is None else functools.partial(round_trip, kind=kind, dtype=self.dtype())
+
+    def for_export(self) -> ModelOptions:
+        """The base that an export is for: as in the run, or in full precision where the run's was quantised anew."""
+        residual = self.recipe.adapter.form(self.inputs.quantisation is not None) == "residual"
+        return self.recipe.model.model_copy(update={"load_in_4bit": False}) if residual else self.recipe.model
+
+    def attached(self, plan: Plan) -> tuple[PeftModel, dict[str, Any]]:
+        """The base with the plan's adapter at its start, and how far its logits are from the base's.
+
+        Raises:
+            CheckError: the adapter changes the model before training.
+        """
+        base, probe = self.bare(), self.probe()
+        reference = probe_logits(base, probe)
+        dtype = base.dtype
+        base.eval()
+        four_bit = self.inputs.quantisation is not None
+        form = self.recipe.adapter.form(four_bit)
+        weights = self.for_context()[1] if four_bit and form == "residual" else None
+        model = adapter.attach(base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None)
+        self.live = model
+        differences = {}
+        for mode in ("eval", "train"):
+            for module in model.modules():
+                if isinstance(module, LoraLayer):  # the base's own dropout is none of the adapter's business
+                    module.train(mode == "train")
+            differences[mode] = adapter.relative_difference(probe_logits(model, probe), reference)
+        model.eval()
+        largest = max(differences.values())
+        tolerance = STEP0_TOLERANCE.get(dtype, _LOOSE)
+        nearer = four_bit and (form == "residual" or bool(plan.corrections))  # meant to differ from the 4-bit base
+        if not (largest <= tolerance or (nearer and math.isfinite(largest))):
+            raise CheckError(
+                "the adapter changes the model before training",
+                where="step 0",
+                got=f"relative logit difference {largest:.2g}",
+                expected=f"at most {tolerance:.2g}",
+                fix="use base: intact, or a float32 model",
+            )
+        return model, {"max_relative_logit_difference": largest, **differences}
+
+    def probe(self) -> dict[str, Tensor]:
+        """A few training records of one length, (B, L): what logits are compared on."""
+        rows = [
+            encode(record, self.inputs.tokenizer, template=self.recipe.data.template, max_length=64)
+            for record in self.inputs.learn_records[:4]
+        ]
+        width = min(len(row) for row in rows)
+        ids = torch.tensor([row.ids[:width] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def measured_on(self) -> list[dict[str, Tensor]]:
+        """Some records of what the context came from and of the training data, one by one, without padding."""
+        data = self.recipe.data
+        records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
+        rows = [encode(record, self.inputs.tokenizer, template=data.template, max_length=256) for record in records]
+        return [{"input_ids": torch.tensor([row.ids])} for row in rows]

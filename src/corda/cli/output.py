@@ -1,0 +1,88 @@
+"""What verbs share: reading recipes, opening runs, printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from corda.progress import shown
+from corda.reading import load_recipe
+from corda.recipe import Recipe
+
+if TYPE_CHECKING:
+    from corda.pipeline import Stages
+
+
+def load(path: Path, overrides: list[str] | None) -> Recipe:
+    """A recipe file with its overrides."""
+    return load_recipe(path, overrides or [])
+
+
+def folder_of(run: Path, overrides: list[str] | None) -> Path:
+    """The output folder of a recipe, or a run's folder itself."""
+    return load(run, overrides).output_dir if run.is_file() else run
+
+
+def short(**options: object) -> list[str]:
+    """Short-hands of --set export.KEY=VALUE."""
+    return [f"export.{key}={json.dumps(value, default=str)}" for key, value in options.items() if value is not None]
+
+
+def opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[Stages]:
+    """The stages of a recipe, checked and locked, with progress bars."""
+    from corda import pipeline
+
+    quiet()
+    return pipeline.opened(load(path, overrides), shown)
+
+
+def quiet() -> None:
+    """No bars or notices of the libraries below where nobody watches."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of TRL's calls, not ours
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def print_value(value: dict[str, Any], as_json: bool) -> None:
+    """A mapping, as JSON or a line a key."""
+    if as_json:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+        return
+    for key, item in value.items():
+        text = json.dumps(item, ensure_ascii=False) if isinstance(item, dict | list) else str(item)
+        typer.echo(f"{key}: {text}")
+
+
+def warn(warnings: list[str]) -> None:
+    """One line a warning."""
+    for warning in warnings:
+        typer.echo(f"Warning: {warning}")
+
+
+def print_export(done: dict[str, Any], as_json: bool) -> None:
+    """An export; for people without what each layer lost, which its manifest holds."""
+    from corda.exporting.kept import kept_warning
+
+    facts = {key: value for key, value in done.items() if key != "costs" and (as_json or value is not None)}
+    for key in () if as_json else ("compression", "low_rank_fit"):
+        if key in facts:
+            facts[key] = {k: v for k, v in facts[key].items() if k != "lost_energy_of_layers"}
+    print_value(facts, as_json)
+    warn([] if as_json else kept_warning(done))
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """Scores of runs, side by side."""
+    from corda.report.table import scores_table
+
+    Console().print(scores_table(results))

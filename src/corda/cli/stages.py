@@ -1,0 +1,159 @@
+"""The verbs of a run's stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from corda.cli.app import app, errors
+from corda.cli.arguments import AsJson, Overrides, RecipeFile
+from corda.cli.output import load, opened, print_table, print_value, quiet, warn
+from corda.errors import ArtifactError, CordaError
+from corda.progress import shown
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and layers; load no weights")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Everything: collect, plan, train, evaluate, export, report."""
+    parsed = load(recipe, set_)
+    if dry_run:
+        from corda.inputs import Inputs
+
+        print_value(Inputs(parsed).check(), as_json)
+        return
+    from corda import pipeline
+
+    quiet()
+    results = pipeline.run(parsed, progress=shown)
+    if as_json:
+        print_value(results, True)
+        return
+    print_table([results])
+    console = Console(soft_wrap=True)
+    if results["export"]:
+        console.print(f"Export:  {results['export']['path']}")
+    console.print(f"Report:  {parsed.output_dir / 'report.html'}")
+
+
+@app.command()
+def collect(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Collect the covariances of the layers' inputs."""
+    with opened(recipe, set_) as stages:
+        context = stages.context()
+        if context is None:
+            print_value({"context": None, "why": "mode lora needs none"}, as_json)
+            return
+        from corda import artifact, inspecting
+        from corda.report.table import kept_sentence
+
+        folder = stages.folder / "context"
+        kept = inspecting.kept(artifact.read(folder, "context", verify=False))
+        summary = {
+            "layers": len(context.layers),
+            "distinct_inputs": len(context.members()),
+            "tokens": max(context.tokens.values()),
+            "warnings": list(context.warnings),
+            "kept": kept if as_json else kept_sentence(kept),
+            "folder": str(folder),
+        }
+        print_value(summary, as_json)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    save_ranks: Annotated[
+        Path | None, typer.Option("--save-ranks", help="Write the ranks as YAML to edit, for adapter.ranks")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decompose the layers: ranks, spectra and initial factors."""
+    if save_ranks is not None and save_ranks.exists():
+        raise ArtifactError("the file of ranks exists already", where=str(save_ranks), fix="name another file")
+    from corda import artifact
+
+    with opened(recipe, set_) as stages:
+        done = stages.plan()
+        made = done.as_json()
+        if save_ranks is not None:
+            from corda.plan.byhand import ranks_file
+
+            artifact.make_folder(save_ranks.parent)
+            save_ranks.write_text(ranks_file(done, stages.recipe.context.rounds), encoding="utf-8")
+        if not as_json:
+            from corda.report.table import plan_table
+
+            Console().print(plan_table(made))
+            warn(made["warnings"])
+            return
+        print_value(made, as_json)
+
+
+@app.command()
+def train(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the adapter."""
+    with opened(recipe, set_) as stages:
+        found = stages.trained()
+        curve = json.loads(found.path("curve.json").read_text(encoding="utf-8"))
+        print_value(
+            {"folder": str(found.folder), "step0": found.manifest["step0"], "last_loss": curve["loss"][-1:]}, as_json
+        )
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the base and the trained model."""
+    with opened(recipe, set_) as stages:
+        before, after = stages.before(), stages.after()
+        scores = {k: {n: v.as_json() for n, v in s.values.items()} for k, s in (("before", before), ("after", after))}
+        print_value(scores, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One recipe, or the folders of finished runs", metavar="RECIPE|RUN...")
+    ],
+    set_: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page; default: in the first run")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the HTML page of a run, or of several side by side."""
+    from corda.report.page import write_page
+    from corda.results import RESULTS
+
+    if len(runs) == 1 and runs[0].is_file():
+        runs = [load(runs[0], set_).output_dir]
+    missing = [folder for folder in runs if not (folder / RESULTS).is_file()]
+    if missing:
+        raise CordaError("there is no finished run here", where=str(missing[0]), fix="run the recipe first")
+    page = output or runs[0] / ("report.html" if len(runs) == 1 else "comparison.html")
+    write_page(runs, page)
+    print_value({"page": str(page)}, as_json)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
+    set_: Overrides = None,
+) -> None:
+    """Train plain LoRA and CorDA on built-in data and show what each learnt and forgot."""
+    from corda.demo.run import demonstrate
+
+    quiet()
+    results, page = demonstrate(
+        output_dir, seed, set_ or [], shown, announce=lambda text: errors.print(text, markup=False)
+    )
+    print_table(results)
+    Console().print(f"Report: {page}", soft_wrap=True)
