@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from corda import artifact, journal, pipeline, training
+from corda import artifact, bases, journal, pipeline, training
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
 from corda.inputs import Inputs
 from corda.reading import parse_recipe
@@ -242,7 +242,7 @@ def test_another_model_in_the_same_place_is_another_model(raw_recipe, pico, tmp_
 
 
 def test_a_start_that_changes_the_model_is_refused(raw_recipe, monkeypatch):
-    original = pipeline.adapter.attach
+    original = bases.adapter.attach
 
     def broken(*args, **kwargs):
         model = original(*args, **kwargs)
@@ -252,6 +252,6 @@ def test_a_start_that_changes_the_model_is_refused(raw_recipe, monkeypatch):
                     p += 0.1
         return model
 
-    monkeypatch.setattr(pipeline.adapter, "attach", broken)
+    monkeypatch.setattr(bases.adapter, "attach", broken)
     with pytest.raises(CheckError, match="before training"):
         pipeline.run(parse_recipe(raw_recipe))
