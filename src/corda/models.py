@@ -14,13 +14,14 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from corda import artifact
+from corda import architectures, artifact
 from corda.errors import ModelError
 from corda.recipe import ModelOptions
 
@@ -41,10 +42,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode with its tokenizer."""
+    """A model in eval mode with its tokenizer, or the processor of images and text that has it."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     source: Source
 
 
@@ -108,7 +109,8 @@ def load(options: ModelOptions) -> Loaded:
                 bnb_4bit_compute_dtype=pick_dtype(options, source),
             )
     with _reading(source):
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **common)
+        loader = architectures.loader(_config(source, options))
+        model = loader.from_pretrained(source.path, dtype=dtype, **common)
     if kind is None:
         model = model.to(device)
     else:
@@ -123,7 +125,7 @@ def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
         ModelError: the checkpoint is quantised in another way, or its config cannot be read.
     """
     with _reading(source):
-        config = AutoConfig.from_pretrained(source.path, **_common(source, options))
+        config = _config(source, options)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         if not options.load_in_4bit:
@@ -143,17 +145,22 @@ def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
     )
 
 
-def load_tokenizer(source: Source, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token.
+def load_tokenizer(source: Source, options: ModelOptions) -> Any:
+    """The tokenizer, with a padding token; for a model of images and text the processor that has it.
 
     Raises:
         ModelError: it cannot be found or read.
     """
     with _reading(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **_common(source, options))
+        kind = architectures.architecture(_config(source, options))
+        if kind == "image-text":
+            processor = _processor(source, options)
+            tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+        else:
+            processor = tokenizer = AutoTokenizer.from_pretrained(source.path, **_common(source, options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return processor
 
 
 def skeleton(source: Source, options: ModelOptions) -> PreTrainedModel:
@@ -163,8 +170,10 @@ def skeleton(source: Source, options: ModelOptions) -> PreTrainedModel:
         ModelError: its config cannot be found or read.
     """
     with _reading(source), torch.device("meta"):
-        config = AutoConfig.from_pretrained(source.path, **_common(source, options))
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=options.trust_remote_code)
+        config = _config(source, options)
+        model: PreTrainedModel = architectures.loader(config).from_config(
+            config, trust_remote_code=options.trust_remote_code
+        )
     return model
 
 
@@ -197,7 +206,7 @@ def pick_dtype(options: ModelOptions, source: Source) -> torch.dtype:
         dtype = torch.float32
     else:
         with _reading(source):
-            config = AutoConfig.from_pretrained(source.path, **_common(source, options))
+            config = _config(source, options)
         dtype = getattr(config, "dtype", None) or torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
@@ -208,7 +217,7 @@ def identity(source: Source, options: ModelOptions) -> str:
     folder = Path(source.path)
     if not folder.is_dir():
         with _reading(source):
-            config = AutoConfig.from_pretrained(source.path, **_common(source, options))
+            config = _config(source, options)
         return artifact.fingerprint("hub", source.path, getattr(config, "_commit_hash", None) or source.revision)
     kinds = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
     files = [p for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != artifact.MANIFEST]
@@ -229,6 +238,22 @@ def _keep_exact(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _config(source: Source, options: ModelOptions) -> Any:
+    return AutoConfig.from_pretrained(source.path, **_common(source, options))
+
+
+def _processor(source: Source, options: ModelOptions) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(source.path, **_common(source, options))
+    except ImportError as error:
+        raise ModelError(
+            "the model's image processor needs a package that is not installed",
+            where=source.path,
+            got=str(error).strip().splitlines()[0],
+            fix="pip install torchvision, in the version that belongs to your torch",
+        ) from None
 
 
 def _common(source: Source, options: ModelOptions) -> dict[str, Any]:

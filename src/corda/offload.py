@@ -13,9 +13,10 @@ from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corda.architectures import loader
 from corda.errors import ModelError
 from corda.models import Source
 from corda.quantization import unpacked
@@ -89,7 +90,7 @@ def empty_model(source: Source, options: ModelOptions, dtype: torch.dtype) -> Pr
     trusted = {"trust_remote_code": options.trust_remote_code}
     config = AutoConfig.from_pretrained(source.path, revision=source.revision, **trusted)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **trusted)
+        model: PreTrainedModel = loader(config).from_config(config, dtype=dtype, **trusted)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ RANKS = [
     {"reading"},
     {"krylov", "journal"},
     {"linalg", "compress"},
+    {"architectures"},
     {"targets", "models"},
     {"quantization"},
     {"offload"},

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from corda import architectures
 from corda.adapter import relative_difference
 from corda.errors import CheckError, ModelError
 from corda.exporting.update import Factors
@@ -125,7 +126,7 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path | str], PreTrainedModel]:
     """What loads a model from its folder as its users do, in the dtype and on the device of another."""
     ours = type(like).__module__.startswith("transformers.")
-    loader = AutoModelForCausalLM if ours and task_type == "CAUSAL_LM" else type(like)
+    loader = architectures.loader(like.config) if ours and task_type == "CAUSAL_LM" else type(like)
     dtype, device = like.dtype, like.device
 
     def load(folder: Path | str) -> PreTrainedModel:
