@@ -186,6 +186,7 @@ class Stages:
                 folder=self.folder / "checkpoints",
                 fingerprint=key,
                 seed=r.seed,
+                progress=self.progress,
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
         with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
 T = TypeVar("T")
 
 
@@ -25,11 +21,24 @@ def silent(items: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 
 def shown(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """A bar on stderr while the items are consumed, where stderr is a terminal."""
+    """A bar on stderr while the items are consumed, with the time gone and left, where stderr is a terminal."""
+    from rich.console import Console  # a tenth of a second, which `corda --help` need not wait for
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
         return
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         yield from bar.track(items, total=total, description=what)

@@ -184,7 +184,9 @@ class TrainingOptions(BaseModel):
     max_grad_norm: float = 1.0
     bf16: bool | None = Field(None, description="mixed precision; default: on a GPU that has it, never on a CPU")
     gradient_checkpointing: bool = Field(False, description="less memory for a third more time")
-    disable_tqdm: bool | None = Field(None, description="default: a progress bar on a terminal only")
+    disable_tqdm: bool | None = Field(
+        None, description="false: the trainer's own bar with every logged line; default: corda's bar, on a terminal"
+    )
     logging_steps: PositiveInt = 1
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; default: none")
     report_to: str = Field("none", description="none, tensorboard, wandb or mlflow")

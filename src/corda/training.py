@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from corda import artifact
 from corda.data.batches import Encoded
 from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL, TRAINED
+from corda.progress import Progress, silent
 from corda.recipe import TrainingOptions
 
 _OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}
@@ -52,6 +52,7 @@ def train(
     folder: Path,
     fingerprint: str,
     seed: int = 0,
+    progress: Progress = silent,
 ) -> Curve:
     """Train the model's adapter in place, on the loss of response tokens.
 
@@ -63,6 +64,7 @@ def train(
         folder: For checkpoints and logs; a checkpoint there with the same fingerprint is continued.
         fingerprint: Of everything the training depends on.
         seed: Of the data order.
+        progress: Shows how far it is.
 
     Raises:
         DataError: no record has a response token.
@@ -89,10 +91,13 @@ def train(
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
+    steps = _Steps(progress)
+    trainer.add_callback(steps)
     start = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=resume)
     finally:
+        steps.close()
         for wrapper in ("forward", "_original_forward"):  # accelerate leaves its autocast on the model
             vars(model).pop(wrapper, None)
     seconds = time.perf_counter() - start
@@ -134,13 +139,36 @@ def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device:
             max_length=None,
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
-            disable_tqdm=not sys.stderr.isatty() if options.disable_tqdm is None else options.disable_tqdm,
+            disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
             **passed,
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(
             "the trainer refuses these options", where="training", got=str(error).splitlines()[0]
         ) from None
+
+
+class _Steps(TrainerCallback):  # type: ignore[misc]
+    """The trainer's steps as items that a progress display consumes."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.items: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called once the number of steps is known; a resumed training has done some."""
+        left = state.max_steps - state.global_step
+        self.items = iter(self.progress(range(left), "train", left))
+        next(self.items, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after each optimiser step."""
+        next(self.items, None)
+
+    def close(self) -> None:
+        """End the display, however the training ended."""
+        if isinstance(self.items, Generator):
+            self.items.close()
 
 
 class DecayToInit(TrainerCallback):  # type: ignore[misc]

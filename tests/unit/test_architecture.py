@@ -28,7 +28,7 @@ RANKS = [
     {"report"},
     {"inputs"},
     {"bases", "results"},
-    {"pipeline"},
+    {"pipeline", "drafting", "chatting"},
     {"demo"},
     {"cli"},
 ]

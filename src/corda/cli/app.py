@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from corda import __version__
 from corda.errors import CordaError
 
 app = typer.Typer(
     add_completion=True,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 100},
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
 _debug = False
 _INTERRUPTED = 130
 
@@ -32,19 +33,30 @@ def main() -> None:
     except CordaError as error:
         if _debug:
             raise
-        errors.print(f"[bold red]Error[/] {type(error).__name__}:", end=" ")
-        errors.print(str(error), markup=False)
+        complain(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("Interrupted. Finished stages are kept: run the same command again to continue.")
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        note("Interrupted. What is finished is kept: run the same command again to continue.")
+        note(f"  {command}")
         sys.exit(_INTERRUPTED)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
-            errors.print(f"[bold red]Error[/] {error.format_message()}")
+            complain(error.format_message())
             sys.exit(2)
         raise
+
+
+def note(text: str) -> None:
+    """A line for people, on stderr."""
+    typer.echo(text, err=True)
+
+
+def complain(text: str) -> None:
+    """What went wrong, on stderr."""
+    typer.echo(f"{typer.style('Error', fg='red', bold=True)} {text}", err=True)
 
 
 @app.callback(invoke_without_command=True)

@@ -24,7 +24,7 @@ def export(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the adapter as other tools load it, and check it after reload."""
+    """Write the adapter for other tools, and check it."""
     given = short(format=format_, rank=rank, layout=layout, max_rank=max_rank, output=output, push_to_hub=push_to_hub)
     with opened(recipe, [*(set_ or []), *given]) as stages:
         print_export(stages.exported(), as_json)
@@ -45,7 +45,10 @@ def convert(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a CorDA or PiSSA adapter trained elsewhere into a plain LoRA on the original base."""
+    """Turn an adapter trained elsewhere into a plain LoRA.
+
+    CorDA, PiSSA and OLoRA adapters of PEFT's then fit the original base.
+    """
     from corda.exporting.convert import convert as converted
     from corda.reading import apply_overrides, parse_export, parse_model
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from corda.cli.app import app
 from corda.cli.arguments import AsJson, Overrides, RunOrRecipe
-from corda.cli.output import folder_of, print_value, warn
+from corda.cli.output import folder_of, print_value, show, warn
 from corda.progress import shown
 
-inspect = typer.Typer(no_args_is_help=True, help="Look into a run's plan or context, or into a LoRA adapter.")
+inspect = typer.Typer(no_args_is_help=True, help="Look into a plan, a context or a LoRA adapter.")
 app.add_typer(inspect, name="inspect")
 
 
@@ -25,7 +24,7 @@ def inspect_plan(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the page to this file")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw ranks, compactness and the candidates' scores of all layers."""
+    """Draw every layer's rank, compactness and scores."""
     from corda import artifact
     from corda.report.heatmap import plan_overview
     from corda.report.layers import write_plan_page
@@ -40,13 +39,13 @@ def inspect_plan(
     elif as_json:
         print_value(made, True)
     else:
-        Console().print(plan_overview(made))
+        show(plan_overview(made))
         warn(made["warnings"])
 
 
 @inspect.command("context")
 def inspect_context(run: RunOrRecipe, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what each distinct input's covariance was collected from, its size and its effective rank."""
+    """Show each covariance's tokens, size and effective rank."""
     from corda.inspecting import context_facts
     from corda.report.table import context_table
 
@@ -54,7 +53,7 @@ def inspect_context(run: RunOrRecipe, set_: Overrides = None, as_json: AsJson = 
     if as_json:
         print_value(facts, True)
         return
-    Console().print(context_table(facts))
+    show(context_table(facts))
     warn(facts["warnings"])
 
 
@@ -63,7 +62,7 @@ def inspect_adapter(
     folder: Annotated[Path, typer.Argument(help="A folder with adapter_config.json", metavar="FOLDER")],
     as_json: AsJson = False,
 ) -> None:
-    """Show layers, ranks, scaling and norms of any LoRA adapter in PEFT's format."""
+    """Show layers, ranks and norms of any LoRA of PEFT's."""
     from corda.inspecting import adapter_facts
     from corda.report.table import adapter_table
 
@@ -71,4 +70,4 @@ def inspect_adapter(
     if as_json:
         print_value(facts, True)
         return
-    Console().print(adapter_table(facts))
+    show(adapter_table(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from contextlib import AbstractContextManager
@@ -10,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-
-from corda.progress import shown
-from corda.reading import load_recipe
-from corda.recipe import Recipe
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from corda.pipeline import Stages
+    from corda.recipe import Recipe
 
 
 def load(path: Path, overrides: list[str] | None) -> Recipe:
     """A recipe file with its overrides."""
+    from corda.reading import load_recipe
+
     return load_recipe(path, overrides or [])
 
 
@@ -37,20 +38,22 @@ def short(**options: object) -> list[str]:
 
 def opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[Stages]:
     """The stages of a recipe, checked and locked, with progress bars."""
-    from corda import pipeline
-
     quiet()
+    from corda import pipeline
+    from corda.progress import shown
+
     return pipeline.opened(load(path, overrides), shown)
 
 
 def quiet() -> None:
     """No bars or notices of the libraries below where nobody watches."""
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which of its kernels are missing
+    from transformers.utils import logging as notices
 
-    logging.set_verbosity_error()
+    notices.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of TRL's calls, not ours
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        notices.disable_progress_bar()
 
 
 def print_value(value: dict[str, Any], as_json: bool) -> None:
@@ -85,4 +88,11 @@ def print_table(results: list[dict[str, Any]]) -> None:
     """Scores of runs, side by side."""
     from corda.report.table import scores_table
 
-    Console().print(scores_table(results))
+    show(scores_table(results))
+
+
+def show(drawn: RenderableType) -> None:
+    """A table or picture of rich's, as wide as the terminal."""
+    from rich.console import Console
+
+    Console().print(drawn)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from corda.cli.app import app, errors
+from corda.cli.app import app, note
 from corda.cli.arguments import AsJson, Overrides, RecipeFile
-from corda.cli.output import load, opened, print_table, print_value, quiet, warn
+from corda.cli.output import load, opened, print_table, print_value, quiet, show, warn
 from corda.errors import ArtifactError, CordaError
 from corda.progress import shown
 
@@ -23,8 +22,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and layers; load no weights")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Everything: collect, plan, train, evaluate, export, report."""
+    """Everything: collect, plan, train, eval, export, report."""
     parsed = load(recipe, set_)
+    quiet()
     if dry_run:
         from corda.inputs import Inputs
 
@@ -32,16 +32,14 @@ def run(
         return
     from corda import pipeline
 
-    quiet()
     results = pipeline.run(parsed, progress=shown)
     if as_json:
         print_value(results, True)
         return
     print_table([results])
-    console = Console(soft_wrap=True)
     if results["export"]:
-        console.print(f"Export:  {results['export']['path']}")
-    console.print(f"Report:  {parsed.output_dir / 'report.html'}")
+        typer.echo(f"Export:  {results['export']['path']}")
+    typer.echo(f"Report:  {parsed.output_dir / 'report.html'}")
 
 
 @app.command()
@@ -93,7 +91,7 @@ def plan(
         if not as_json:
             from corda.report.table import plan_table
 
-            Console().print(plan_table(made))
+            show(plan_table(made))
             warn(made["warnings"])
             return
         print_value(made, as_json)
@@ -147,13 +145,15 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
     set_: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Train plain LoRA and CorDA on built-in data and show what each learnt and forgot."""
+    """Train LoRA and CorDA on built-in data, and compare."""
     from corda.demo.run import demonstrate
 
     quiet()
-    results, page = demonstrate(
-        output_dir, seed, set_ or [], shown, announce=lambda text: errors.print(text, markup=False)
-    )
+    results, page = demonstrate(output_dir, seed, set_ or [], shown, announce=note)
+    if as_json:
+        print_value({"runs": results, "page": str(page)}, True)
+        return
     print_table(results)
-    Console().print(f"Report: {page}", soft_wrap=True)
+    typer.echo(f"Report: {page}")

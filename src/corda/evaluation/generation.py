@@ -112,7 +112,7 @@ def generate(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=end_tokens(model, tokenizer),
         stop_strings=[s for s in stop if s.strip()] or None,
     )
     texts = [""] * len(ids)
@@ -141,7 +141,7 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: chat models often have one for the turn besides the tokenizer's own."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = known if isinstance(known, list) else [known]

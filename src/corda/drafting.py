@@ -1,0 +1,399 @@
+"""A first recipe for a model and data: sizes and lengths are looked at, every value comes with its reason."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, get_args, get_origin
+
+import torch
+import yaml
+from pydantic import BaseModel
+
+from corda import models
+from corda.data.batches import encode, load_records
+from corda.data.formats import Record, Template
+from corda.data.sources import local_file
+from corda.errors import DataError
+from corda.inputs import Inputs
+from corda.reading import apply_overrides, parse_recipe
+from corda.recipe import DataSource, Recipe
+
+_LOOKED_AT = 500  # records whose length is measured
+_LONGEST = 1024  # tokens that a draft goes up to by itself
+_COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/footguns.md
+_WIDTH = 120
+_HELD_OUT = ("test", "validation", "valid", "dev", "heldout", "eval")
+_SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
+_BILLION = 10**9
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a data set's records.
+
+    Attributes:
+        records: How many there are.
+        mean: Mean tokens of a record.
+        most: The length that 99 % do not exceed.
+        answer: The length that 95 % of the answers do not exceed.
+    """
+
+    records: int
+    mean: float
+    most: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe as text, with what it was drafted from.
+
+    Attributes:
+        text: YAML with a comment on every key.
+        facts: What was found out about model and data, as JSON.
+        checked: What `corda run --dry-run` says of it.
+    """
+
+    text: str
+    facts: Mapping[str, Any]
+    checked: Mapping[str, Any]
+
+
+def draft(
+    model: str,
+    learn: str,
+    keep: str | None = None,
+    *,
+    learn_test: str | None = None,
+    keep_test: str | None = None,
+    mode: str | None = None,
+    output_dir: Path = Path("runs/first"),
+    overrides: Sequence[str] = (),
+    launch: str = "corda run recipe.yaml",
+) -> Draft:
+    """Draft a recipe after looking at the model's config and at the data; no weights are loaded.
+
+    Args:
+        model: As model.model_name_or_path.
+        learn: The task to learn: a file or Hub id.
+        keep: The knowledge to keep; without it the mode is ipm.
+        learn_test: Held-out records of the task; default: a file beside it that is named like one.
+        keep_test: The same for what is to be kept.
+        mode: kpm, ipm or lora; default: kpm with `keep`, else ipm.
+        output_dir: Where the run goes.
+        overrides: `key=value` for anything, which win over what is suggested.
+        launch: Command named in the first line.
+
+    Raises:
+        CordaError: whatever is wrong with model, data or overrides, as `corda run --dry-run` finds it.
+    """
+    raw: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "model": {"model_name_or_path": model},
+        "data": {"learn": learn} | ({"keep": keep} if keep else {}),
+        "adapter": {"mode": mode or ("kpm" if keep else "ipm")},
+    }
+    apply_overrides(raw, overrides)
+    inputs = Inputs(parse_recipe(raw, "init-recipe"))
+    facts, notes = _look(inputs)
+    suggested = _suggest(inputs, facts, notes)
+    tasks = _tasks(inputs, facts, notes, {"learn": learn_test, "keep": keep_test})
+    if tasks:
+        suggested["evaluation"] = {"batch_size": 16 if facts["device"] == "cuda" else 8, "tasks": tasks}
+    _merge(suggested, raw)
+    recipe = parse_recipe(suggested, "the drafted recipe")
+    checked = Inputs(recipe).check()
+    text = "\n".join([*_head(launch, facts), *commented(suggested, Recipe, notes), *_missing(suggested)])
+    return Draft(text + "\n", facts, checked)
+
+
+def commented(
+    values: Mapping[str, Any], block: type[BaseModel], notes: Mapping[str, str], *, inside: str = "", indent: int = 0
+) -> list[str]:
+    """Lines of YAML with the recipe's own help, and notes of why, behind each key.
+
+    Args:
+        values: What to write, in this order.
+        block: The options that they belong to, for their descriptions.
+        notes: Full dotted key -> why it has this value.
+        inside: The dotted key of `values` itself.
+        indent: Spaces in front of each line.
+    """
+    lines: list[str] = []
+    pad = " " * indent
+    for key, value in values.items():
+        full = f"{inside}.{key}" if inside else key
+        field = block.model_fields[key]
+        below = _block_of(field.annotation) if isinstance(value, dict) else None
+        help_ = field.description
+        if below is None:
+            note = notes.get(full)
+            comment = f"{help_} ({note})" if help_ and note else help_ or note
+            lines += _line(f"{pad}{key}: {_flow(value)}", comment, pad)
+        elif get_origin(field.annotation) is dict:  # of tasks, each under its name
+            lines.append(f"{pad}{key}:")
+            for name, options in value.items():
+                lines += _line(f"{pad}  {name}:", notes.get(f"{full}.{name}"), pad)
+                lines += commented(options, below, notes, inside=f"{full}.{name}", indent=indent + 4)
+        elif indent:
+            lines += _line(f"{pad}{key}: {_flow(value)}", notes.get(full), pad)
+        else:
+            doc = (below.__doc__ or "").splitlines()[0]
+            lines += ["", *_line(f"{key}:", doc, "")]
+            lines += commented(value, below, notes, inside=full, indent=2)
+    return lines
+
+
+def held_out(source: str, data_dir: Path | None) -> str | None:
+    """The name of a file of held-out records beside a training file, where one is named like that.
+
+    Args:
+        source: The training file as the recipe names it.
+        data_dir: As in the recipe.
+    """
+    try:
+        path = local_file(DataSource(dataset=source), data_dir)
+    except DataError:
+        return None
+    if path is None:
+        return None
+    stem = path.stem
+    names = [stem.replace("train", word) for word in _HELD_OUT] if "train" in stem else []
+    names += [f"{stem}{mark}{word}" for mark in "_-." for word in _HELD_OUT]
+    for name in names:
+        if name != stem and path.with_stem(name).is_file():
+            return str(Path(source).with_stem(name))
+    return None
+
+
+def lengths(records: Sequence[Record], tokenizer: Any, template: Template, seed: int = 0) -> Lengths:
+    """Measure a sample of the records.
+
+    Args:
+        records: At least one.
+        tokenizer: The model's.
+        template: How they become text.
+        seed: Of the sample.
+
+    Raises:
+        DataError: a record cannot be rendered.
+    """
+    sample = random.Random(seed).sample(list(records), min(_LOOKED_AT, len(records)))
+    encoded = [encode(record, tokenizer, template=template) for record in sample]
+    return Lengths(
+        len(records),
+        mean(len(one) for one in encoded),
+        _quantile([len(one) for one in encoded], 0.99),
+        _quantile([sum(one.response) for one in encoded], 0.95),
+    )
+
+
+def _look(inputs: Inputs) -> tuple[dict[str, Any], dict[str, str]]:
+    """Facts as JSON, and the first notes."""
+    recipe, tokenizer = inputs.recipe, inputs.tokenizer
+    skeleton = models.skeleton(inputs.source, recipe.model)
+    targets = inputs.targets
+    chat = bool(tokenizer.chat_template)
+    given = recipe.model_dump(exclude_unset=True)["data"].get("template")
+    template: Template = given or ("chat" if chat else "plain")
+    notes = {
+        "model.model_name_or_path": f"{skeleton.num_parameters() / 1e6:,.0f} M parameters",
+        "data.template": "the tokenizer has a chat template" if chat else "the tokenizer has no chat template",
+    }
+    seen: dict[str, Any] = {}
+    for side, source in (("learn", recipe.data.learn), ("keep", recipe.data.keep)):
+        if source is None:
+            continue
+        records = load_records(source, recipe.data.data_dir, recipe.seed)
+        found = lengths(records, tokenizer, template, recipe.seed)
+        final = all("####" in record.response for record in records)
+        seen[side] = vars(found) | {"kind": _kind(records), "answer_after": "####" if final else None}
+        notes[f"data.{side}"] = f"{found.records:,} records, {_kind(records)}, {found.mean:.0f} tokens each on average"
+    facts = {
+        "parameters": skeleton.num_parameters(),
+        "layers": len(targets),
+        "widest_input": max(layer.d_in for layer in targets),
+        "largest_rank": min(layer.max_rank for layer in targets),
+        "positions": getattr(skeleton.config.get_text_config(), "max_position_embeddings", None),
+        "template": template,
+        "device": models.pick_device(recipe.model.device).type,
+        "data": seen,
+    }
+    return facts, notes
+
+
+def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) -> dict[str, Any]:
+    recipe, data = inputs.recipe, facts["data"]
+    large, gpu = facts["parameters"] >= 3 * _BILLION, facts["device"] == "cuda"
+    limit = min(_LONGEST, facts["positions"] or _LONGEST)
+    longest = max(one["most"] for one in data.values())
+    max_length = min(limit, -(-longest // 64) * 64)
+    cut = "; longer ones are cut" if longest > max_length else ""
+    notes["data.max_length"] = f"99 % of the records have at most {longest} tokens{cut}"
+
+    source = data["keep" if recipe.adapter.mode == "kpm" else "learn"]
+    tokens = min(source["mean"], max_length)
+    wanted = math.ceil(_COMFORTABLE * facts["widest_input"] / tokens)
+    samples = min(source["records"], max(32, -(-wanted // 8) * 8))
+    notes["context.samples"] = f"about {samples * tokens:,.0f} tokens for a widest input of {facts['widest_input']}"
+    if samples * tokens < 2 * facts["widest_input"]:
+        notes["context.samples"] += ", which is few: give more records"
+
+    rank = 16 if facts["widest_input"] < 4096 else 128 if large else 32
+    while rank > max(1, facts["largest_rank"] // 4):
+        rank //= 2
+    notes["adapter.rank"] = f"the papers take 128 for 7 B; the narrowest layer here allows {facts['largest_rank']}"
+    rows = max(1, min(16, (16384 if gpu else 2048) // max_length))
+    total = 32 if large else 8
+    accumulate = max(1, total // rows)
+    steps = math.ceil(data["learn"]["records"] / (rows * accumulate))
+    notes["training.num_train_epochs"] = f"one is {steps:,} optimiser steps of {rows * accumulate} records"
+    notes["training.learning_rate"] = "a start, to be tried up and down; CorDA learns faster than LoRA at the same rate"
+    notes["training.save_steps"] = "an interrupted training continues from there"
+    training: dict[str, Any] = {
+        "learning_rate": 2e-5 if large else 2e-4,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": accumulate,
+        "save_steps": max(10, steps // 10),
+    }
+    if large:
+        training["gradient_checkpointing"] = True
+    model: dict[str, Any] = {"model_name_or_path": recipe.model.model_name_or_path}
+    if gpu and 2 * facts["parameters"] > 0.6 * torch.cuda.get_device_properties(0).total_memory:
+        model["load_in_4bit"] = True
+        notes["model.load_in_4bit"] = "in 16 bits the weights take more than 60 % of the GPU"
+    suggested: dict[str, Any] = {
+        "output_dir": str(recipe.output_dir),
+        "seed": recipe.seed,
+        "model": model,
+        "data": {"learn": None, "keep": None, "template": facts["template"], "max_length": max_length},
+        "context": {"samples": samples},
+        "adapter": {"mode": recipe.adapter.mode, "rank": rank},
+        "training": training,
+    }
+    if recipe.data.keep is None:
+        del suggested["data"]["keep"]
+    if recipe.adapter.mode == "lora":
+        del suggested["context"]
+    return suggested
+
+
+def _tasks(
+    inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str], tests: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Held-out tasks, from what was given or lies beside the data."""
+    recipe = inputs.recipe
+    tasks: dict[str, Any] = {}
+    for side, source in (("learn", recipe.data.learn), ("keep", recipe.data.keep)):
+        file = tests[side] or (held_out(source.dataset, recipe.data.data_dir) if source else None)
+        if file is None or source is None:
+            continue
+        seen = facts["data"][side]
+        options: dict[str, Any] = {"dataset": {"dataset": file, "max_records": 200}, "measures": side}
+        if source.columns:
+            options["dataset"]["columns"] = dict(source.columns)
+        options |= _metrics(seen)
+        if "exact_match" in options["metrics"]:
+            options |= _prompting(seen, facts["template"])
+        name = Path(file).parent.name if Path(file).parent.name not in {"", "."} else side
+        name = name if name not in tasks else f"{name}_{side}"
+        tasks[name] = options
+        notes[f"evaluation.tasks.{name}"] = f"held out: what is to be {'learnt' if side == 'learn' else 'kept'}"
+    return tasks
+
+
+def _prompting(seen: Mapping[str, Any], template: Template) -> dict[str, Any]:
+    """Shots before a question that has a short answer, and where a long answer ends."""
+    if seen["answer"] <= _SHORT_ANSWER:
+        return {"shots": 3} if template == "plain" else {}
+    return {"stop": ["Question:"] if template == "plain" else []}
+
+
+def _metrics(seen: Mapping[str, Any]) -> dict[str, Any]:
+    if seen["kind"] == "running text":
+        return {"metrics": ["perplexity"]}
+    if seen["kind"] == "multiple choice":
+        return {"metrics": ["accuracy"]}
+    if seen["answer_after"]:
+        tokens = -(-seen["answer"] // 32) * 32
+        return {
+            "metrics": ["answer_loss", "exact_match"],
+            "answer_after": seen["answer_after"],
+            "max_new_tokens": tokens,
+        }
+    if seen["answer"] <= _SHORT_ANSWER:
+        return {"metrics": ["answer_loss", "exact_match"], "max_new_tokens": _SHORT_ANSWER}
+    return {"metrics": ["answer_loss"]}
+
+
+def _kind(records: Sequence[Record]) -> str:
+    first = records[0]
+    if first.is_text:
+        return "running text"
+    if first.choices:
+        return "multiple choice"
+    return "conversations" if first.always_chat else "prompts with answers"
+
+
+def _head(launch: str, facts: Mapping[str, Any]) -> list[str]:
+    return [
+        f"# {launch}",
+        f"# Drafted after looking at a model of {facts['parameters'] / 1e6:,.0f} M parameters, {facts['layers']} "
+        f"layers to adapt, on {facts['device']}.",
+        "# Every key with its default is in docs/recipe.md.",
+    ]
+
+
+def _missing(suggested: Mapping[str, Any]) -> list[str]:
+    """What to fill in, where there are no held-out files."""
+    measured = {task["measures"] for task in suggested.get("evaluation", {}).get("tasks", {}).values()}
+    sides = [side for side in ("learn", "keep") if side in suggested["data"] and side not in measured]
+    if not sides:
+        return []
+    lines = [
+        "",
+        "# Nothing held out was found for: " + ", ".join(f"data.{side}" for side in sides) + ". To measure it,",
+    ]
+    lines += ["# name records that are in neither data set (`corda init-recipe --learn-test FILE --keep-test FILE`):"]
+    lines += [] if measured else ["# evaluation:", "#   tasks:"]
+    for side in sides:
+        lines += [f"#     {side}:", f"#       {{dataset: {side}_test.jsonl, measures: {side}, metrics: [answer_loss]}}"]
+    return lines
+
+
+def _merge(suggested: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Put what was given over what is suggested."""
+    for key, value in given.items():
+        if isinstance(value, Mapping) and isinstance(suggested.get(key), dict):
+            _merge(suggested[key], value)
+        else:
+            suggested[key] = value
+
+
+def _block_of(annotation: Any) -> type[BaseModel] | None:
+    parts = [annotation, *get_args(annotation)]
+    return next((one for one in parts if isinstance(one, type) and issubclass(one, BaseModel)), None)
+
+
+def _line(text: str, comment: str | None, pad: str) -> list[str]:
+    if not comment:
+        return [text]
+    if len(text) + len(comment) + 4 <= _WIDTH:
+        return [f"{text}  # {comment}"]
+    return [f"{pad}# {comment}", text]
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _quantile(values: Sequence[int], share: float) -> int:
+    ordered = sorted(values)
+    return ordered[math.ceil(share * len(ordered)) - 1]

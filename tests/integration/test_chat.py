@@ -1,0 +1,80 @@
+"""corda chat: both models of a run, side by side, from a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from corda.chatting import open_pair, recipe_of, reply
+from corda.evaluation.generation import generate
+from corda.reading import parse_recipe
+
+
+@pytest.fixture
+def trained(corda, raw_recipe, write_recipe, tmp_path):
+    raw_recipe["training"] |= {"max_steps": 12, "learning_rate": 0.05}
+    raw_recipe["evaluation"] = {}
+    assert corda("run", write_recipe(raw_recipe))[0] == 0
+    return tmp_path / "run"
+
+
+def piped(monkeypatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_answers_come_from_base_and_tuned(corda, trained, raw_recipe, monkeypatch, data):
+    piped(monkeypatch, "Add 2 and 5.\n\nWho?\n")
+    code, out, _ = corda("chat", trained, "--json", "--max-new-tokens", 8)
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["Add 2 and 5.", "Who?"]
+    pair = open_pair(parse_recipe(raw_recipe))
+    prompts = [f"Question: {line['prompt']}\nAnswer:" for line in lines]
+    for who, model in (("base", pair.tuned.get_base_model()), ("tuned", pair.tuned)):
+        with pair.tuned.disable_adapter() if who == "base" else torch.no_grad():
+            expected = generate(model, pair.tokenizer, prompts, ["\nQuestion:", "\n\n"], 8, 2)
+        assert [line[who].rstrip() for line in lines] == [text.rstrip() for text in expected]
+    assert any(line["base"] != line["tuned"] for line in lines)
+
+
+def test_text_streams_and_needs_no_data(corda, trained, monkeypatch, data):
+    (data / "learn.jsonl").unlink()
+    (data / "keep.jsonl").unlink()
+    piped(monkeypatch, "Who?\n")
+    code, out, _ = corda("chat", trained, "--max-new-tokens", 4, "--form", "chat")
+    assert code == 0
+    assert out.startswith("prompt: Who?\nbase: ")
+    assert "\ntuned: " in out
+    pieces: list[str] = []
+    pair = open_pair(recipe_of(trained), "raw")
+    whole = reply(pair, "tuned", [("user", "The colour of")], 12, pieces.append)
+    assert "".join(pieces) == whole
+    assert len(pieces) > 2
+
+
+def test_a_residual_base_is_not_the_base(corda, raw_recipe, write_recipe, tmp_path):
+    raw_recipe["adapter"] |= {"base": "residual"}
+    raw_recipe["evaluation"] = {}
+    assert corda("run", write_recipe(raw_recipe))[0] == 0
+    pair = open_pair(parse_recipe(raw_recipe))
+    assert pair.base is not None
+    ids = torch.arange(3, 23)[None]
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(raw_recipe["model"]["model_name_or_path"]).eval()
+    with torch.no_grad():
+        assert torch.equal(pair.base(ids).logits, reference(ids).logits)
+
+
+def test_what_is_missing_is_said(corda, raw_recipe, write_recipe, tmp_path, monkeypatch):
+    piped(monkeypatch, "x\n")
+    code, _, err = corda("chat", tmp_path / "gone")
+    assert code == 2
+    assert "no finished run" in err
+    code, _, err = corda("chat", write_recipe(raw_recipe))
+    assert code == 2
+    assert "there is no train here" in err
