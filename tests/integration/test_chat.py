@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from corda.chatting import open_pair, recipe_of, reply
+from corda.chatting import _Spoken, open_pair, recipe_of, reply
 from corda.evaluation.generation import generate
 from corda.reading import parse_recipe
 
@@ -51,9 +51,19 @@ def test_text_streams_and_needs_no_data(corda, trained, monkeypatch, data):
     assert "\ntuned: " in out
     pieces: list[str] = []
     pair = open_pair(recipe_of(trained), "raw")
-    whole = reply(pair, "tuned", [("user", "The colour of")], 12, pieces.append)
-    assert "".join(pieces) == whole
-    assert len(pieces) > 2
+    assert reply(pair, "tuned", [("user", "The colour of")], 12, pieces.append) == "".join(pieces)
+
+
+def test_pieces_are_whole_characters_and_end_before_a_stop(tokenizer):
+    pieces: list[str] = []
+    spoken = _Spoken(tokenizer, ["\n\n", "\nQuestion:"], pieces.append)
+    spoken.put(torch.tensor([[5, 6, 7]]))  # the prompt
+    for token in tokenizer("Déjà vu\nQuest\n\nmore", add_special_tokens=False)["input_ids"]:
+        spoken.put(torch.tensor([token]))
+    spoken.end()
+    assert spoken.text == "".join(pieces) == "Déjà vu\nQuest"
+    assert pieces[:4] == ["D", "é", "j", "à"]
+    assert "\n" not in pieces
 
 
 def test_a_residual_base_is_not_the_base(corda, raw_recipe, write_recipe, tmp_path):

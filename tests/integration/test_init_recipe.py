@@ -34,7 +34,7 @@ def test_it_passes_the_dry_run_and_says_why(corda, pico, data, tmp_path, monkeyp
     assert recipe.adapter.mode == "kpm"
     assert recipe.adapter.rank == 4  # a quarter of the narrowest layer's 24 is 6
     assert recipe.data.template == "chat"
-    assert recipe.data.max_length == 128
+    assert recipe.data.max_length == 64
     assert recipe.context.samples == 20  # all there are: 80 inputs would like 640 tokens
     assert recipe.evaluation.tasks["data"].answer_after == "####"
     assert recipe.evaluation.tasks["data_keep"].measures == "keep"
