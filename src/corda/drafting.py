@@ -346,7 +346,7 @@ def _head(launch: str, facts: Mapping[str, Any]) -> list[str]:
         f"# {launch}",
         f"# Drafted after looking at a model of {facts['parameters'] / 1e6:,.0f} M parameters, {facts['layers']} "
         f"layers to adapt, on {facts['device']}.",
-        "# Every key with its default is in docs/recipe.md.",
+        "# Every key with its default: page Recipe of the documentation, or src/corda/recipe.py.",
     ]
 
 
