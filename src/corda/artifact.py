@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -18,13 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from corda import disk
+from corda.disk import TEMPORARY
 from corda.errors import ArtifactError, ResourceError
 
 SCHEMA = 1
-TEMPORARY = ".corda."
 MANIFEST = "manifest.json"
+OWNER = "run.json"
+_SEAL = "sha256"
 _SPARE = 1 << 20  # bytes of disk left alone
 _BY_HAND = {  # what a person who edited an artifact's file may have been after
     "plan": "to edit a plan, change what `corda plan RECIPE --save-ranks FILE` writes and set adapter.ranks: FILE",
@@ -101,25 +100,33 @@ def claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         ArtifactError: the folder is another run's, holds something else, or is in use.
         ResourceError: no space, or it cannot be written.
     """
-    owner = folder / "run.json"
+    owner = folder / OWNER
     _refuse_foreign(folder, identity)
     need_disk(folder, 1 << 20)
     make_folder(folder)
-    with (folder / ".lock").open("w") as lock:
+    with disk.explained(folder), (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError("output_dir is in use by another process", where=str(folder)) from None
+        except BlockingIOError:
+            raise ArtifactError(
+                "output_dir is in use by another process",
+                where=str(folder),
+                fix="wait until that run has ended, or name another output_dir",
+            ) from None
         _refuse_foreign(folder, identity)  # once more: it may have changed before the lock was ours
-        write_json(owner, dict(identity))
         for leftover in folder.glob(f"{TEMPORARY}*"):  # of killed processes
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        if not owner.is_file() or read_json(owner) != dict(identity):
+            write_json(owner, dict(identity))
         yield
 
 
 def _refuse_foreign(folder: Path, identity: Mapping[str, Any]) -> None:
-    owner = folder / "run.json"
-    if not folder.is_dir() or not any(path.name != ".lock" for path in folder.iterdir()):
+    owner = folder / OWNER
+    if not folder.is_dir() or all(p.name == ".lock" or p.name.startswith(TEMPORARY) for p in folder.iterdir()):
         return
     if not owner.is_file():
         raise ArtifactError(
@@ -182,35 +189,35 @@ def writing(
     """
     need_disk(folder, size)
     make_folder(folder.parent)
-    try:
+    with disk.explained(folder.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ResourceError("the output folder cannot be written", where=str(folder.parent), got=error) from None
     extra: dict[str, Any] = {}
     try:
-        yield temporary, extra
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {
-            "schema": SCHEMA,
-            "kind": kind,
-            "fingerprint": fingerprint,
-            "parents": dict(parents or {}),
-            "files": {
-                str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files
-            },
-            "provenance": provenance(),
-            **extra,
-        }
-        write_json(temporary / MANIFEST, manifest)
-        for path in [*files, temporary / MANIFEST]:
-            _sync(path)
-        _replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise ResourceError("the disk is full", where=str(folder), fix="free some space and run again") from None
-        raise
+        with disk.explained(folder):
+            yield temporary, extra
+            _finish(temporary, folder, {"kind": kind, "fingerprint": fingerprint, "parents": dict(parents or {})}, extra)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(temporary: Path, folder: Path, what: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    hashes = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files}
+    write_manifest(temporary, {"schema": SCHEMA, **what, "files": hashes, "provenance": provenance(), **extra})
+    disk.sync_tree(temporary)
+    _replace(temporary, folder)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write an artifact's manifest with a hash of its own content."""
+    content = {key: value for key, value in manifest.items() if key != _SEAL}
+    write_json(folder / MANIFEST, {**content, _SEAL: seal(content)})
+
+
+def seal(value: Any) -> str:
+    """sha256 of a JSON value, as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
@@ -222,6 +229,9 @@ def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"there is no {kind} here", where=str(folder), fix=f"run the {kind} stage")
     manifest = read_json(folder / MANIFEST)
+    sealed = manifest.pop(_SEAL, None)
+    if sealed is not None and sealed != seal(manifest):
+        raise _corrupt(folder / MANIFEST, "was changed after it was written", _BY_HAND.get(kind))
     whole = {"kind", "schema", "fingerprint", "files"} <= set(manifest)
     if not whole or manifest["kind"] != kind or manifest["schema"] != SCHEMA:
         raise ArtifactError(
@@ -235,9 +245,9 @@ def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
         for name, facts in manifest["files"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                raise _corrupt(folder, name, "is missing or of another size", _BY_HAND.get(kind))
+                raise _corrupt(folder / name, "is missing or of another size", _BY_HAND.get(kind))
             if file_hash(path) != facts["sha256"]:
-                raise _corrupt(folder, name, "was changed after it was written", _BY_HAND.get(kind))
+                raise _corrupt(folder / name, "was changed after it was written", _BY_HAND.get(kind))
     return Artifact(folder, kind, manifest["fingerprint"], manifest)
 
 
@@ -271,16 +281,14 @@ def copy(found: Artifact, folder: Path) -> Artifact:
     """The same artifact at another place."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
     shutil.copytree(found.folder, temporary, dirs_exist_ok=True)
+    disk.sync_tree(temporary)
     _replace(temporary, folder)
     return read(folder, found.kind, verify=False)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, in one fixed layout, so that equal values are equal bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    disk.write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -292,21 +300,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise _corrupt(path.parent, path.name, "is not JSON") from None
+        raise _corrupt(path, "is not JSON") from None
     if not isinstance(value, dict):
-        raise _corrupt(path.parent, path.name, "is not a JSON object")
+        raise _corrupt(path, "is not a JSON object")
     return value
 
 
-def _corrupt(folder: Path, name: str, what: str, otherwise: str | None = None) -> ArtifactError:
-    fix = f"remove {folder.name} and run the stage again"
+def _corrupt(path: Path, what: str, otherwise: str | None = None) -> ArtifactError:
+    stage = (path.parent / MANIFEST).is_file()
+    fix = f"remove {path.parent.name} and run the stage again" if stage else f"remove {path.name} and run again"
+    if path.name == OWNER:
+        fix = "name another output_dir, or remove this one"
     fix += f"; {otherwise}" if otherwise else ""
-    return ArtifactError(f"a corrupted artifact: {name} {what}", where=str(folder), fix=fix)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    return ArtifactError(f"a corrupted artifact: {path.name} {what}", where=str(path.parent), fix=fix)
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -317,8 +323,4 @@ def _replace(temporary: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.replace(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.sync(folder.parent)

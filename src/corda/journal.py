@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -14,14 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from corda import artifact
+from corda import artifact, disk
+
+_log = logging.getLogger(__name__)
 
 
 class Journal:
     """A folder of parts, each a safetensors file with facts beside it, valid for one fingerprint.
 
-    A part counts once its facts are there, which are written last and hold the tensors' hash; a part that was cut off
-    or changed is done again. Parts of another fingerprint are removed.
+    A part counts once its facts are there, which are written last and hold their own hash and the tensors'. A part
+    that was cut off is done again, as is one that was changed, which is logged. Parts of another fingerprint are
+    removed.
 
     Attributes:
         folder: Where the parts are.
@@ -37,14 +41,22 @@ class Journal:
             shutil.rmtree(folder, ignore_errors=True)
             artifact.make_folder(folder)
             artifact.write_json(owner, {"fingerprint": fingerprint})
+        for leftover in folder.glob(f"{disk.TEMPORARY}*"):  # of a killed process
+            leftover.unlink(missing_ok=True)
 
     def facts(self, key: str) -> dict[str, Any] | None:
         """What was noted with a finished part, None if it is not finished."""
+        book = self.folder / f"{key}.json"
+        if not book.is_file():
+            return None
         try:
-            noted = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
-            if artifact.file_hash(self.path(key)) != noted["sha256"]:
-                return None
-        except (OSError, ValueError, KeyError):
+            noted = json.loads(book.read_text(encoding="utf-8"))
+            sealed = noted.pop("seal")
+            whole = sealed == artifact.seal(noted) and noted["sha256"] == artifact.file_hash(self.path(key))
+        except (OSError, ValueError, KeyError, AttributeError):
+            whole = False
+        if not whole:
+            _log.warning("%s in %s was changed after it was written: this part is done again", key, self.folder)
             return None
         facts: dict[str, Any] = noted["facts"]
         return facts
@@ -57,17 +69,17 @@ class Journal:
         """Note a finished part.
 
         Raises:
-            ResourceError: not enough space.
+            ResourceError: not enough space, or the folder cannot be written.
         """
         started = time.perf_counter()
         artifact.need_disk(self.folder, sum(t.numel() * t.element_size() for t in tensors.values()))
-        temporary = self.folder / f".{key}.{os.getpid()}"
-        save_file(dict(tensors), temporary)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(self.path(key))
-        noted = {"sha256": artifact.file_hash(self.path(key)), "facts": dict(facts)}
-        artifact.write_json(self.folder / f"{key}.json", noted)
+        with disk.explained(self.folder):
+            temporary = self.folder / f"{disk.TEMPORARY}{key}.{os.getpid()}"
+            save_file(dict(tensors), temporary)
+            disk.sync(temporary)
+            temporary.replace(self.path(key))
+            noted = {"sha256": artifact.file_hash(self.path(key)), "facts": dict(facts)}
+            artifact.write_json(self.folder / f"{key}.json", {**noted, "seal": artifact.seal(noted)})
         self.seconds += time.perf_counter() - started
 
     def remove(self) -> None:

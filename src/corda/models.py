@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from corda import architectures, artifact
+from corda import architectures, artifact, disk
 from corda.errors import ModelError
 from corda.recipe import ModelOptions
 
@@ -278,13 +279,14 @@ def _known_hash(path: Path) -> str:
     facts = path.stat()
     key = artifact.fingerprint(str(path.resolve()), facts.st_size, facts.st_mtime_ns)
     memory = cache_folder() / "hashes"
-    try:
-        return (memory / key).read_text(encoding="utf-8")
-    except OSError:
-        value = artifact.file_hash(path)
+    with suppress(OSError, UnicodeDecodeError):
+        value = (memory / key).read_text(encoding="utf-8")
+        if re.fullmatch("[0-9a-f]{64}", value):
+            return value
+    value = artifact.file_hash(path)
     with suppress(OSError):
         memory.mkdir(parents=True, exist_ok=True)
-        (memory / key).write_text(value, encoding="utf-8")
+        disk.write_text(memory / key, value)
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +12,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from corda import artifact
+from corda import checkpoints
 from corda.data.batches import Encoded
+from corda.distributed import world
 from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL, TRAINED
 from corda.progress import Progress, silent
 from corda.recipe import TrainingOptions
 
-_OURS = {"save_steps", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}
+_OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}
 _IGNORED = -100
 
 
@@ -82,7 +81,13 @@ def train(
     ]
     if not rows:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
-    resume = _checkpoint(folder, fingerprint) if options.resume_from_checkpoint else None
+    processes = world()
+    found = checkpoints.last(folder, fingerprint) if processes.first and options.resume_from_checkpoint else None
+    resume = processes.tell(found)
+    if resume is not None and (finished := checkpoints.finished(Path(resume))) is not None:
+        model.load_adapter(resume, TRAINED)
+        model.eval()
+        return _curve(finished, 0.0)
     arguments = trainer_arguments(options, folder, seed, next(model.parameters()).device)
     with _undisturbed(model):
         trainer = SFTTrainer(
@@ -90,6 +95,7 @@ def train(
         )
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
+    trainer.add_callback(checkpoints.Sealing((options.model_extra or {}).get("save_total_limit")))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
     steps = _Steps(progress)
     trainer.add_callback(steps)
@@ -102,7 +108,11 @@ def train(
             vars(model).pop(wrapper, None)
     seconds = time.perf_counter() - start
     model.eval()
-    logged: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return _curve(trainer.state.log_history, seconds)
+
+
+def _curve(log: Sequence[dict[str, Any]], seconds: float) -> Curve:
+    logged = [entry for entry in log if "loss" in entry]
     return Curve(
         tuple(float(e["loss"]) for e in logged),
         tuple(int(e["step"]) for e in logged),
@@ -208,17 +218,3 @@ def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:
         return False
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-
-def _checkpoint(folder: Path, fingerprint: str) -> str | None:
-    """The last checkpoint of this very training; checkpoints of another one are removed."""
-    owner = folder / "training.json"
-    known = artifact.read_json(owner) if owner.is_file() else None
-    if folder.exists() and known != {"fingerprint": fingerprint}:
-        shutil.rmtree(folder)
-    for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():  # written last: the saving was interrupted
-            shutil.rmtree(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(owner, {"fingerprint": fingerprint})
-    last: str | None = get_last_checkpoint(str(folder))
-    return last

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from corda import artifact, bases, journal, pipeline, training
+from corda import artifact, bases, checkpoints, journal, pipeline, training
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
 from corda.inputs import Inputs
 from corda.reading import parse_recipe
@@ -129,15 +130,31 @@ def test_an_interrupted_training_continues_from_its_checkpoint(raw_recipe, tmp_p
     assert resumed["train"]["loss"] == pytest.approx(straight["train"]["loss"], rel=1e-4)
 
 
-def test_checkpoints_of_another_training_are_not_continued(tmp_path):
+def test_only_whole_checkpoints_of_the_same_training_are_continued(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
-    assert training._checkpoint(folder, "one") is None
-    (folder / "checkpoint-4").mkdir()
-    (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (folder / "checkpoint-6").mkdir()  # cut off while it was saved
-    assert training._checkpoint(folder, "one") == str(folder / "checkpoint-4")
-    assert training._checkpoint(folder, "two") is None
-    assert not (folder / "checkpoint-4").exists()
+    assert checkpoints.last(folder, "one") is None
+    for step in (2, 4, 6):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        if step != 6:  # it was cut off while it was saved
+            checkpoints.seal(folder / f"checkpoint-{step}")
+    assert checkpoints.last(folder, "one") == str(folder / "checkpoint-4")
+    assert not (folder / "checkpoint-6").exists()
+    (folder / "checkpoint-4" / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    assert checkpoints.last(folder, "one") == str(folder / "checkpoint-2")
+    assert "trainer_state.json of" in caplog.text
+    assert checkpoints.last(folder, "two") is None
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_training_that_was_cut_off_behind_its_last_checkpoint_takes_no_further_step(raw_recipe, tmp_path):
+    raw_recipe["training"] |= {"max_steps": 4, "save_steps": 2}
+    straight = pipeline.run(parse_recipe(raw_recipe))
+    weights = (tmp_path / "run" / "train" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "train")
+    again = pipeline.run(parse_recipe(raw_recipe))
+    assert again["train"]["loss"] == straight["train"]["loss"]
+    assert (tmp_path / "run" / "train" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_an_interrupted_collect_or_plan_continues_with_the_same_bytes(raw_recipe, tmp_path, monkeypatch):

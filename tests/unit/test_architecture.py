@@ -11,8 +11,9 @@ ROOT = Path(corda.__file__).parent
 # A module may import from its own rank and from lower ones only.
 RANKS = [
     {"errors", "__init__"},
+    {"disk"},
     {"ranks"},
-    {"recipe", "artifact", "metric", "progress", "metering"},
+    {"recipe", "artifact", "metric", "progress", "metering", "distributed"},
     {"reading"},
     {"krylov", "journal"},
     {"linalg", "compress"},
@@ -24,6 +25,7 @@ RANKS = [
     {"context"},
     {"plan"},
     {"adapter", "compat", "forms"},
+    {"checkpoints"},
     {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
     {"inputs"},

@@ -145,7 +145,7 @@ def published(done: Exported, options: ExportOptions) -> Exported:
     hub.push(folder, options.push_to_hub, f"{BESIDE}/adapter_config.json", private=options.hub_private_repo)
     manifest = artifact.read_json(folder / artifact.MANIFEST)
     manifest[_KIND]["pushed_to"] = options.push_to_hub
-    artifact.write_json(folder / artifact.MANIFEST, manifest)
+    artifact.write_manifest(folder, manifest)
     return replace(done, pushed_to=options.push_to_hub)
 
 

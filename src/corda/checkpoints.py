@@ -1,0 +1,107 @@
+"""Checkpoints of the trainer, sealed once they are whole.
+
+transformers keeps optimiser, scheduler and random states of a checkpoint in torch's pickle format and reads them with
+`weights_only=True`. corda notes the hash of every file when a checkpoint is complete and on the disk, and continues
+from one whose files are those that were noted, and from no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from corda import artifact, disk
+from corda.distributed import world
+from corda.errors import ArtifactError
+
+_log = logging.getLogger(__name__)
+_SEAL = "corda.json"
+_OWNER = "training.json"
+
+
+class Sealing(TrainerCallback):  # type: ignore[misc]
+    """Seals every checkpoint, and only then lets older ones go.
+
+    Args:
+        limit: How many checkpoints are kept; None for all.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer on every process when its own files of a checkpoint are written."""
+        world().wait()
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self.limit, use_mtime=True)
+        world().wait()
+
+
+def seal(checkpoint: Path) -> None:
+    """Put a checkpoint on the disk and note what it consists of.
+
+    Raises:
+        ResourceError: no space, or it cannot be written.
+    """
+    with disk.explained(checkpoint):
+        disk.sync_tree(checkpoint)
+        files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+        noted = {str(path.relative_to(checkpoint)): artifact.file_hash(path) for path in files}
+        artifact.write_json(checkpoint / _SEAL, {"files": noted, "seal": artifact.seal(noted)})
+        disk.sync(checkpoint.parent)
+
+
+def last(folder: Path, fingerprint: str) -> str | None:
+    """The last whole checkpoint of this very training.
+
+    Those of another training and those whose saving was interrupted are removed; so is one that was changed since,
+    which is logged.
+    """
+    owner = folder / _OWNER
+    known = artifact.read_json(owner) if owner.is_file() else None
+    if folder.exists() and known != {"fingerprint": fingerprint}:
+        shutil.rmtree(folder)
+    artifact.make_folder(folder)
+    artifact.write_json(owner, {"fingerprint": fingerprint})
+    for checkpoint in sorted(folder.glob("checkpoint-*")):
+        if not (checkpoint / _SEAL).is_file():
+            shutil.rmtree(checkpoint)
+            continue
+        changed = _changed(checkpoint)
+        if changed is not None:
+            _log.warning(
+                "%s of %s was changed after it was written: training continues from an earlier checkpoint or anew",
+                changed,
+                checkpoint,
+            )
+            shutil.rmtree(checkpoint)
+    found: str | None = get_last_checkpoint(str(folder))
+    return found
+
+
+def finished(checkpoint: Path) -> list[dict[str, Any]] | None:
+    """The log of a training whose last step this checkpoint is, else None; resumed, the trainer would do one more."""
+    state = artifact.read_json(checkpoint / "trainer_state.json")
+    return list(state["log_history"]) if 0 < state["max_steps"] <= state["global_step"] else None
+
+
+def _changed(checkpoint: Path) -> str | None:
+    """Name of a file that is not as it was sealed, or None."""
+    try:
+        noted = artifact.read_json(checkpoint / _SEAL)
+    except ArtifactError:
+        return _SEAL
+    files = noted.get("files")
+    if not isinstance(files, dict) or noted.get("seal") != artifact.seal(files):
+        return _SEAL
+    for name, digest in files.items():
+        path = checkpoint / name
+        if not path.is_file() or artifact.file_hash(path) != digest:
+            return str(name)
+    return None
