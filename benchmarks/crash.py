@@ -9,10 +9,10 @@ a copy of the folder as it was before that stage, and
 - is killed at its k-th operation on a file or folder of the run (open, rename, mkdir, link, remove), for every k; or
 - meets a full disk (ENOSPC) at its k-th such operation that writes, for every k, which it has to report by name.
 
-Another child then runs the same stage to its end, and what lies in the folder is compared with what an undisturbed run
-leaves: tensors and texts byte by byte, JSON without what a clock or a machine says. Last, one byte of every file of a
-finished run, of an unfinished stage and of a checkpoint is flipped: the next run refuses it with an error that names the
-file, or ends with the same bytes.
+Another child then runs the same stage to its end, and what lies in the folder is compared with what an undisturbed
+run leaves: tensors and texts byte by byte, JSON without what a clock or a machine says. Last, one byte of every file of a
+finished run is flipped, and of runs whose context, plan or training is unfinished: the next run refuses it with an
+error that names the file, or ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -73,10 +73,23 @@ class Bench:
             self.seconds.append(time.perf_counter() - start)
         shutil.copytree(self.run, self.states[-1])
 
-    def restore(self, number: int) -> None:
-        """The run's folder as it was before stage `number`."""
+    def restore(self, state: int | Path) -> None:
+        """The run's folder as it was before a stage, or as it was kept."""
         shutil.rmtree(self.run)
-        shutil.copytree(self.states[number], self.run)
+        shutil.copytree(self.states[state] if isinstance(state, int) else state, self.run)
+
+    def unfinished(self, number: int) -> Path | None:
+        """A copy of the run's folder, killed two thirds through stage `number`; None where that leaves nothing."""
+        total, state = self.operations(number, writes_only=False), self.folder / f"unfinished-{number}"
+        self.restore(number)
+
+        def act(now: int) -> None:
+            if now == 2 * total // 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        self.child(STAGES[number], self.hook(act))
+        shutil.copytree(self.run, state)
+        return state if contents(state).keys() - contents(self.states[number]).keys() else None
 
     def child(
         self, stage: str, hook: Callable[[str, tuple[Any, ...]], None] | None = None, after: float | None = None
@@ -231,14 +244,14 @@ def full_disk(bench: Bench, number: int, every: int) -> dict[str, Any]:
     return {"failed": done, "operations": total, "differences": wrong}
 
 
-def flip(bench: Bench, state: int, flips: int, rng: random.Random, only: str = "") -> dict[str, Any]:
+def flip(bench: Bench, state: Path, flips: int, rng: random.Random) -> dict[str, Any]:
     """One flipped byte in every file; the whole run is asked for again."""
     found: Counter[str] = Counter()
     wrong: list[str] = []
-    files = [p for p in sorted(bench.states[state].rglob("*")) if p.is_file() and p.stat().st_size and only in str(p)]
+    files = [path for path in sorted(state.rglob("*")) if path.is_file() and path.stat().st_size]
     reference = contents(bench.states[-1])
     for file in files:
-        name = str(file.relative_to(bench.states[state]))
+        name = str(file.relative_to(state))
         if file.name in {".lock", "report.html", "results.json"}:  # written, never read back by a run
             continue
         for _ in range(flips):
@@ -264,7 +277,9 @@ def flip(bench: Bench, state: int, flips: int, rng: random.Random, only: str = "
             if status == 0 and all(same.values()):
                 found["same bytes"] += 1
             else:
-                wrong.append(f"{name}, byte {place}: exit {status}, {[k for k, v in same.items() if not v]}, {said[-300:]}")
+                wrong.append(
+                    f"{name}, byte {place}: exit {status}, {[k for k, v in same.items() if not v]}, {said[-300:]}"
+                )
     return {**found, "files": len(files), "differences": wrong}
 
 
@@ -284,7 +299,12 @@ def raw_recipe(folder: Path) -> dict[str, Any]:
     byte_tokenizer().save_pretrained(folder / "model")
     keep = [{"question": f"What is the {w} of {i}?", "answer": f"{w[:3]}{i}"} for i, w in enumerate(WORDS * 3)]
     learn = [{"question": f"Add {i} and {i + 3}.", "answer": f"{2 * i + 3}"} for i in range(40)]
-    for name, part in (("keep", keep[:20]), ("keep_test", keep[20:]), ("learn", learn[:32]), ("learn_test", learn[32:])):
+    for name, part in (
+        ("keep", keep[:20]),
+        ("keep_test", keep[20:]),
+        ("learn", learn[:32]),
+        ("learn_test", learn[32:]),
+    ):
         write_jsonl(folder / f"{name}.jsonl", part)
     return {
         "output_dir": str(folder / "run"),
@@ -331,10 +351,13 @@ def main() -> None:
                 "disk_full_at_operations": full_disk(bench, number, args.every),
             }
             print(stage, json.dumps(result[stage])[:1500], flush=True)
-        flipped = flip(bench, len(STAGES), args.flips, rng) if args.flips else {}
+        flipped = {"finished run": flip(bench, bench.states[-1], args.flips, rng)} if args.flips else {}
+        for number in range(len(flipped) and 4):
+            if (state := bench.unfinished(number)) is not None:
+                flipped[f"unfinished {STAGES[number]}"] = flip(bench, state, args.flips, rng)
         print("flipped", json.dumps(flipped)[:3000], flush=True)
     wrong = [d for one in result.values() for k in one if k != "seconds" for d in one[k]["differences"]]
-    wrong += flipped.get("differences", [])
+    wrong += [d for one in flipped.values() for d in one["differences"]]
     report = {
         "name": "crash",
         "model": "Llama of 3 blocks, width 48",

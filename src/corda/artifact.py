@@ -191,11 +191,14 @@ def writing(
     make_folder(folder.parent)
     with disk.explained(folder.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
+    what = {"kind": kind, "fingerprint": fingerprint, "parents": dict(parents or {})}
     extra: dict[str, Any] = {}
     try:
         with disk.explained(folder):
             yield temporary, extra
-            _finish(temporary, folder, {"kind": kind, "fingerprint": fingerprint, "parents": dict(parents or {})}, extra)
+            _finish(
+                temporary, folder, {"kind": kind, "fingerprint": fingerprint, "parents": dict(parents or {})}, extra
+            )
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,6 +1,6 @@
 """Several processes of one run (torchrun, accelerate launch): what they share out and what they tell each other.
 
-Everything goes through torch.distributed as JSON or plain tensors; nothing that a process receives is unpickled.
+Everything goes through torch.distributed as JSON or plain tensors; no Python object is rebuilt from what is received.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ class Processes:
     def _add_bucket(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([t.reshape(-1) for t in tensors])
         self._reduce(flat)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     def _reduce(self, tensor: Tensor) -> None:
-        if _place().type == tensor.device.type or tensor.device.type == "cpu" and _on_cpu():
+        if _place().type == tensor.device.type or (tensor.device.type == "cpu" and _on_cpu()):
             dist.all_reduce(tensor)
             return
         moved = tensor.to(_place())

@@ -87,6 +87,11 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def discard(folder: Path) -> None:
+    """Remove the journal of a stage that was finished by a process that was killed before it could."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors of several safetensors files, each read when asked for.
 

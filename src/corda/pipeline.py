@@ -26,7 +26,7 @@ from corda.evaluation.evaluate import Scores, evaluate
 from corda.exporting import export as exporting
 from corda.forms import TRAINED
 from corda.inputs import Inputs
-from corda.journal import Journal
+from corda.journal import Journal, discard
 from corda.metering import Meter
 from corda.plan import plan as plans
 from corda.plan.make import make_plan
@@ -93,7 +93,9 @@ class Stages:
         if self.recipe.context_source() is None or self._context is not None:
             return self._context
         found = self._reusable("context")
-        if found is None:
+        if found is not None:
+            discard(self.folder / "context.partial")
+        else:
             r, options = self.recipe, self.recipe.context
             journal = Journal(self.folder / "context.partial", self.inputs.fingerprints["context"])
             with self.meter.stage("collect"):
@@ -137,7 +139,9 @@ class Stages:
         if self._plan is not None:
             return self._plan
         found = self._reusable("plan")
-        if found is None:
+        if found is not None:
+            discard(self.folder / "plan.partial")
+        else:
             context, key = self.context(), self.inputs.fingerprints["plan"]
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):

@@ -217,4 +217,3 @@ def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:
     if (options.model_extra or {}).get("fp16"):
         return False
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-

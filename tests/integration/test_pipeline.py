@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from corda import artifact, bases, checkpoints, journal, pipeline, training
+from corda import artifact, bases, checkpoints, journal, pipeline
 from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
 from corda.inputs import Inputs
 from corda.reading import parse_recipe
