@@ -10,8 +10,8 @@ a copy of the folder as it was before that stage, and
 - meets a full disk (ENOSPC) at its k-th such operation that writes, for every k, which it has to report by name.
 
 Another child then runs the same stage to its end, and what lies in the folder is compared with what an undisturbed
-run leaves: tensors and texts byte by byte, JSON without what a clock or a machine says. Last, one byte of every file of a
-finished run is flipped, and of runs whose context, plan or training is unfinished: the next run refuses it with an
+run leaves: tensors and texts byte by byte, JSON without what a clock or a machine says. Last, one byte of every file of
+a finished run is flipped, and of runs whose context, plan or training is unfinished: the next run refuses it with an
 error that names the file, or ends with the same bytes.
 """
 

@@ -196,9 +196,7 @@ def writing(
     try:
         with disk.explained(folder):
             yield temporary, extra
-            _finish(
-                temporary, folder, {"kind": kind, "fingerprint": fingerprint, "parents": dict(parents or {})}, extra
-            )
+            _finish(temporary, folder, what, extra)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

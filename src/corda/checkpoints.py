@@ -1,8 +1,8 @@
 """Checkpoints of the trainer, sealed once they are whole.
 
 transformers keeps optimiser, scheduler and random states of a checkpoint in torch's own format, no artifact of corda,
-and reads them with `weights_only=True`. corda notes the hash of every file when a checkpoint is complete and on the disk, and continues
-from one whose files are those that were noted, and from no other.
+and reads them with `weights_only=True`. corda notes the hash of every file when a checkpoint is complete and on the
+disk, and continues from one whose files are those that were noted, and from no other.
 """
 
 from __future__ import annotations
