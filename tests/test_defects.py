@@ -21,9 +21,10 @@ from corda.data.formats import to_records
 from corda.errors import CalibrationError, PlanError, TargetError
 from corda.exporting.convert import convert
 from corda.metric import Metric, damping
+from corda.options import ExportOptions
 from corda.plan.make import make_plan
 from corda.reading import parse_recipe
-from corda.recipe import ExportOptions, ModelOptions
+from corda.recipe import ModelOptions
 from corda.targets import find_targets
 
 IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])

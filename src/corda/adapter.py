@@ -12,7 +12,8 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from corda.errors import AdapterError
-from corda.forms import CORRECTION, INITIAL, TRAINED, Corrected, Difference
+from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
 from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
@@ -43,7 +44,7 @@ class _ExactSaving:
         """As PeftModel.save_pretrained; the trained adapter is written with its start subtracted, rank 2r."""
         names = selected_adapters or [name for name in self.peft_config if name not in _FROZEN]  # type: ignore[attr-defined]
         super().save_pretrained(str(save_directory), selected_adapters=names, **kwargs)  # type: ignore[misc]
-        if TRAINED in names and kwargs.get("is_main_process", True):
+        if TRAINED in names and INITIAL in self.peft_config and kwargs.get("is_main_process", True):  # type: ignore[attr-defined]
             config, state = plain_lora(self, kwargs.get("state_dict"))
             save_file(state, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(save_directory))
@@ -51,9 +52,32 @@ class _ExactSaving:
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PeftModel.load_adapter; a folder saved by this class restores the trained half of its factors."""
         path = Path(model_id) / SAFETENSORS_WEIGHTS_NAME
-        if adapter_name == TRAINED and path.is_file():
+        if adapter_name == TRAINED and INITIAL in self.peft_config and path.is_file():  # type: ignore[attr-defined]
             return restore(self, load_file(path), str(model_id))
         return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FrozenA:
+    """Mixed into a PeftModel class whose A stays frozen: PEFT unfreezes an adapter whenever it is switched on again."""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """As PeftModel.disable_adapter."""
+        with super().disable_adapter():  # type: ignore[misc]
+            yield
+        freeze_a(self)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PeftModel.set_adapter."""
+        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        freeze_a(self)
+
+
+def freeze_a(model: Any) -> None:
+    """Leave B of the trained adapter alone trainable."""
+    for name, parameter in model.named_parameters():
+        if f".lora_A.{TRAINED}." in name:
+            parameter.requires_grad_(False)
 
 
 def attach(
@@ -86,7 +110,7 @@ def attach(
     """
     form = base or plan.options.form(any(is_4bit(module) for module in model.modules()))
     _check_fits(model, plan)
-    if plan.mode != "lora" and form == "residual" and plan.options.lora_dropout > 0:
+    if plan.options.has_start and form == "residual" and plan.options.lora_dropout > 0:
         raise AdapterError(
             "dropout with a residual base changes the model from the first step on",
             where="adapter.lora_dropout",
@@ -99,17 +123,22 @@ def attach(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return cls(model, config)
-    wrapped: PeftModel = _exact(cls)(model, config)
-    wrapped.add_adapter(INITIAL, copy.deepcopy(config))
+    wrapped: PeftModel = _exact(cls, plan.options.freezes_a)(model, config)
+    if plan.options.has_start:
+        wrapped.add_adapter(INITIAL, copy.deepcopy(config))
     if plan.corrections:
         wrapped.add_adapter(CORRECTION, _correction_config(model, config, plan))
     for layer in plan.layers:
         module = wrapped.base_model.model.get_submodule(layer.name)
         with torch.no_grad():
             _fill(module, TRAINED, plan.factors[layer.name])
-            _fill(module, INITIAL, plan.factors[layer.name])
             if layer.name in plan.corrections:
                 _fill(module, CORRECTION, plan.corrections[layer.name])
+            if not plan.options.has_start:
+                if layer.name in plan.corrections:
+                    module.lora_variant[TRAINED] = Beside()
+                continue
+            _fill(module, INITIAL, plan.factors[layer.name])
             if form == "intact":
                 module.lora_variant[TRAINED] = Difference()
                 continue
@@ -125,6 +154,8 @@ def attach(
                 requantise(inner, W.to(place) - B.to(place) @ A.to(place))
             else:
                 inner.weight -= module.get_delta_weight(INITIAL).to(inner.weight.dtype)
+    if plan.options.freezes_a:
+        freeze_a(wrapped)
     wrapped.train(model.training)
     return wrapped
 
@@ -165,7 +196,7 @@ def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
             if rank != r
         },
         fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
-        init_lora_weights=plan.mode == "lora",
+        init_lora_weights=not plan.options.has_start,
         base_model_name_or_path=getattr(model, "name_or_path", None),
     )
 
@@ -176,7 +207,7 @@ def plain_lora(
     """The adapter as a plain LoRA of rank 2r on the original base: [A; A0], [B, -B0].
 
     Args:
-        model: From `attach`, in KPM or IPM.
+        model: From `attach`, in a mode with a start.
         state_dict: Gathered weights, for a sharded model.
     """
     now = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=TRAINED)
@@ -244,8 +275,9 @@ def exact_key(model: nn.Module, name: str) -> str:
 
 
 @functools.cache
-def _exact(cls: type[PeftModel]) -> type[PeftModel]:
-    return type(f"Corda{cls.__name__}", (_ExactSaving, cls), {"__doc__": cls.__doc__})
+def _exact(cls: type[PeftModel], frozen_a: bool) -> type[PeftModel]:
+    mixed = (_FrozenA, _ExactSaving, cls) if frozen_a else (_ExactSaving, cls)
+    return type(f"Corda{cls.__name__}", mixed, {"__doc__": cls.__doc__})
 
 
 def _task_type(model: nn.Module) -> str:

@@ -73,6 +73,23 @@ class Corrected(Difference):
         return total
 
 
+class Beside(Difference):
+    """PEFT forward of an adapter that starts at zero beside a frozen correction: Q(W) x + s B A x + F x."""
+
+    @staticmethod
+    def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        fixed = _corrected(module, x, result)
+        now = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
+        out: Tensor = fixed + now * module.scaling[active_adapter]
+        return out
+
+    @staticmethod
+    def delta(module: LoraLayer, active_adapter: str) -> Tensor:
+        """s B A and the correction, shape of the layer's weight."""
+        return Corrected.delta(module, active_adapter)
+
+
 def _corrected(module: LoraLayer, x: Tensor, result: Tensor) -> Tensor:
     if CORRECTION not in module.lora_A:
         return result

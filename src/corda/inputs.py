@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from corda import artifact, models, quantization
+from corda.context.store import HELD_OUT
 from corda.data import sources
-from corda.data.batches import load_records
+from corda.data.batches import Encoded, calibration_rounds, drawing_order, load_records
 from corda.data.formats import Record, render
-from corda.errors import RecipeError
+from corda.errors import DataError, RecipeError
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
 from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
@@ -54,10 +57,41 @@ class Inputs:
         return load_records(self.recipe.data.learn, self.recipe.data.data_dir, self.recipe.seed)
 
     @cached_property
+    def calibration_records(self) -> dict[str, list[Record]]:
+        """Records that calibration samples are drawn from, by side: "keep" and "learn"; see `context_sources`."""
+        data_dir, seed = self.recipe.data.data_dir, self.recipe.seed
+        return {k: load_records(source, data_dir, seed) for k, source in self.recipe.context_sources().items()}
+
+    @property
     def context_records(self) -> list[Record]:
-        """Records that calibration samples are drawn from; none for plain LoRA."""
-        source = self.recipe.context_source()
-        return load_records(source, self.recipe.data.data_dir, self.recipe.seed) if source else []
+        """Those of the first side; none for plain LoRA without a drift meter."""
+        return next(iter(self.calibration_records.values()), [])
+
+    def calibration(self) -> tuple[list[list[Encoded]], tuple[str, ...]]:
+        """Calibration samples of every round of every side, and the names of those behind the first side's rounds.
+
+        For the drift meter the rounds of the knowledge are followed by some records of it that no round has.
+        """
+        r, options = self.recipe, self.recipe.context
+        drawn: list[list[Encoded]] = []
+        names: list[str] = []
+        unseen: list[list[Encoded]] = []
+        for side, records in self.calibration_records.items():
+            order = drawing_order(records, r.seed)
+            draw = functools.partial(
+                calibration_rounds,
+                records,
+                self.tokenizer,
+                template=r.data.template,
+                max_length=r.data.max_length,
+                order=order,
+            )
+            drawn += draw(options.rounds, samples=options.samples, tokens=options.tokens, pack_to=options.pack_to)
+            names += [side] * options.rounds
+            if side == "keep" and r.metered and options.held_out:
+                with suppress(DataError):  # nothing is left
+                    unseen = draw(1, samples=options.held_out)
+        return [*drawn, *unseen], (*names[options.rounds :], *[HELD_OUT] * len(unseen))
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -89,8 +123,9 @@ class Inputs:
             "context",
             model,
             data,
-            identify(r.context_source()),
-            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection"}),
+            [[side, identify(source)] for side, source in r.context_sources().items()],
+            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection", "held_out"}),
+            r.context.held_out if r.metered else 0,
             r.adapter.target_modules,
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})
@@ -99,7 +134,8 @@ class Inputs:
             model = [*model, repr(self.quantisation), r.adapter.form(four_bit=True)]
         plan = artifact.fingerprint("plan", model, chosen, options)
         settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
-        train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings)
+        metered = context if r.metered else None
+        train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings, metered)
         evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})
         shots = [identify(s) for s in (r.data.keep, r.data.learn)]
         before = artifact.fingerprint("before", model, data, tasks, evaluation, shots)
@@ -128,7 +164,7 @@ class Inputs:
             ResourceError: an upload is asked for and there is no access token.
         """
         options = self.recipe.export
-        doubled = options.format == "lora" and self.recipe.adapter.mode != "lora"
+        doubled = options.format == "lora" and self.recipe.adapter.has_start
         refuse_rank({name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, options)
         if options.push_to_hub is not None:
             refuse_without_token(options.push_to_hub)
@@ -156,8 +192,8 @@ class Inputs:
         dynamic = self.recipe.adapter.allocation == "dynamic"
         self.check_export({} if dynamic else ranks)
         used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
-        if self.context_records:
-            used["the calibration data"] = self.context_records
+        if self.calibration_records:
+            used["the calibration data"] = [record for some in self.calibration_records.values() for record in some]
         refuse_overlap(self.tasks, used)
         device = models.pick_device(self.recipe.model.device)
         trainer_arguments(self.recipe.training, self.recipe.output_dir / "checkpoints", self.recipe.seed, device)
@@ -170,7 +206,7 @@ class Inputs:
         later = {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
         return {
             "layers": len(targets),
-            "trainable_parameters": sum((t.d_in + t.d_out) * ranks[t.name] for t in targets),
+            "trainable_parameters": sum(self.recipe.adapter.cost(t.d_out, t.d_in) * ranks[t.name] for t in targets),
             "calibration_records": len(self.context_records),
             "training_records": len(self.learn_records),
             "tasks": {task.name: len(task.records) for task in self.tasks},

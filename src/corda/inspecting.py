@@ -27,8 +27,9 @@ def context_facts(folder: Path, progress: Progress = silent) -> dict[str, Any]:
     """What a context holds, read from disk covariance by covariance.
 
     Returns:
-        rounds, layers (their number), kept (see `kept`), warnings, and a dict for each distinct input: group, layers
-        (names), d_in, and per round tokens, mean_diagonal (tr C / d_in) and effective_rank ((tr C)² / ‖C‖²_F, between
+        rounds, layers (their number), kept (see `kept`), warnings, and a dict for each distinct input and side: group,
+        side (empty for the source that the plan goes by), layers (names), d_in, and per round tokens,
+        mean_diagonal (tr C / d_in) and effective_rank ((tr C)² / ‖C‖²_F, between
         1 and d_in, at most the number of tokens).
 
     Raises:
@@ -37,14 +38,15 @@ def context_facts(folder: Path, progress: Progress = silent) -> dict[str, Any]:
     found = artifact.read(folder, "context", verify=False)
     context = store.load(found)
     inputs = []
-    members = context.members()
-    for group, layers in progress(members.items(), "inspect", len(members)):
-        facts: dict[str, Any] = {"group": group, "layers": [layer.name for layer in layers], "d_in": layers[0].d_in}
-        facts |= {"tokens": [], "mean_diagonal": [], "effective_rank": []}
-        for round_ in range(context.rounds):
-            C = context.covariance(layers[0].name, round_)
+    sides = {"": context} | {name: context.side(name) for name in context.sides}
+    members = [(name, side, *one) for name, side in sides.items() for one in side.members().items()]
+    for name, side, group, layers in progress(members, "inspect", len(members)):
+        facts: dict[str, Any] = {"group": group, "side": name, "layers": [layer.name for layer in layers]}
+        facts |= {"d_in": layers[0].d_in, "tokens": [], "mean_diagonal": [], "effective_rank": []}
+        for round_ in range(side.rounds):
+            C = side.covariance(layers[0].name, round_)
             trace, size = float(C.diagonal().double().sum()), float(torch.linalg.matrix_norm(C))
-            facts["tokens"].append(context.token_count(layers[0].name, round_))
+            facts["tokens"].append(side.token_count(layers[0].name, round_))
             facts["mean_diagonal"].append(trace / len(C))
             facts["effective_rank"].append((trace / size) ** 2 if size else 0.0)
         inputs.append(facts)

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import artifact, models, training
 from corda.bases import Bases
 from corda.context import collect, store
-from corda.context.store import Context
-from corda.data.batches import calibration_rounds, encode, pad_id
+from corda.context.store import HELD_OUT, Context
+from corda.data.batches import encode, pad_id
+from corda.drift import DriftMeter, Yardstick, drift_notes, yardstick
 from corda.evaluation.evaluate import Scores, evaluate
 from corda.exporting import export as exporting
 from corda.forms import TRAINED
@@ -36,6 +38,7 @@ from corda.recipe import Recipe
 from corda.report.card import model_card
 from corda.report.page import write_page
 from corda.results import RESULTS, results
+from corda.targets import LayerSpec, weight_of
 
 
 def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> dict[str, Any]:
@@ -89,8 +92,8 @@ class Stages:
         self._plan: Plan | None = None
 
     def context(self) -> Context | None:
-        """Covariances of the calibration data; None for plain LoRA."""
-        if self.recipe.context_source() is None or self._context is not None:
+        """Covariances of the calibration data; None for plain LoRA without a drift meter."""
+        if not self.recipe.context_sources() or self._context is not None:
             return self._context
         found = self._reusable("context")
         if found is not None:
@@ -99,17 +102,7 @@ class Stages:
             r, options = self.recipe, self.recipe.context
             journal = Journal(self.folder / "context.partial", self.inputs.fingerprints["context"])
             with self.meter.stage("collect"):
-                chosen = calibration_rounds(
-                    self.inputs.context_records,
-                    self.inputs.tokenizer,
-                    options.rounds,
-                    template=r.data.template,
-                    max_length=r.data.max_length,
-                    samples=options.samples,
-                    tokens=options.tokens,
-                    pack_to=options.pack_to,
-                    seed=r.seed,
-                )
+                chosen, sides = self.inputs.calibration()
                 model, weights = self.bases.for_context()
                 context = collect.collect_encoded(
                     model,
@@ -124,6 +117,7 @@ class Stages:
                     weights=weights,
                     device=models.pick_device(r.model.device),
                     progress=self.progress,
+                    sides=sides,
                 )
             tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
             extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}}
@@ -142,7 +136,8 @@ class Stages:
         if found is not None:
             discard(self.folder / "plan.partial")
         else:
-            context, key = self.context(), self.inputs.fingerprints["plan"]
+            context = self.context() if self.recipe.context_source() else None
+            key = self.inputs.fingerprints["plan"]
             journal = Journal(self.folder / "plan.partial", key)
             with self.meter.stage("plan"):
                 model, lazy = self.bases.for_context() if context else (self.bases.shell(), None)
@@ -155,6 +150,7 @@ class Stages:
                     weights=lazy.get if lazy else None,
                     device=models.pick_device(self.recipe.model.device),
                     quantise=self.bases.quantise(),
+                    seed=self.recipe.seed,
                     progress=self.progress,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
@@ -175,7 +171,9 @@ class Stages:
             return found
         r = self.recipe
         self.inputs.check_export({layer.name: layer.rank for layer in self.plan().layers})
+        yardsticks = self._yardsticks()
         model, step0 = self.bases.attached(self.plan())
+        meter = DriftMeter(model, *yardsticks) if yardsticks else None
         encoded = [
             encode(record, self.inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
             for record in self.inputs.learn_records
@@ -191,6 +189,7 @@ class Stages:
                 fingerprint=key,
                 seed=r.seed,
                 progress=self.progress,
+                meter=meter,
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
         with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
@@ -198,6 +197,10 @@ class Stages:
             artifact.write_json(temporary / "curve.json", vars(curve))
             cut = sum(not any(one.response) for one in encoded)
             notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
+            if meter is not None:
+                drift = meter.read()
+                artifact.write_json(temporary / "drift.json", vars(drift))
+                notes += drift_notes(drift, r.training, curve.stopped)
             extra.update(step0=step0, warnings=notes, **self._costs("train"))
         return artifact.read(self.folder / "train", "train", verify=False)
 
@@ -240,6 +243,20 @@ class Stages:
         artifact.write_json(self.folder / RESULTS, found)
         write_page([self.folder], self.folder / "report.html")
         return found
+
+    def _yardsticks(self) -> list[Yardstick]:
+        """What drift is measured on: the calibrated knowledge, and some of it that is not; nothing without a meter."""
+        context = self.context()
+        if context is None or not self.recipe.metered:
+            return []
+        keep = context if next(iter(self.recipe.context_sources())) == "keep" else context.side("keep")
+        model, lazy = self.bases.for_context()
+
+        def weight(spec: LayerSpec) -> Tensor:
+            return weight_of(model, spec, lazy.get(f"{spec.name}.weight") if lazy else None)
+
+        unseen = [context.side(HELD_OUT)] if HELD_OUT in context.sides else []
+        return [yardstick(side, weight) for side in (keep, *unseen)]
 
     def _tuned(self) -> PeftModel:
         trained = self.trained()

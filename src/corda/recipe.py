@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from corda.options import ExportOptions, PositiveInt, Strict
 from corda.ranks import Ranks
 
-Mode = Literal["kpm", "ipm", "lora"]
+Mode = Literal["kpm", "ipm", "dual", "contrast", "lora"]
+Directions = Literal["contrast", "random", "task", "null", "combination"]
 Balance = Literal["equal", "sigma"]
 Base = Literal["intact", "residual"]
 Allocation = Literal["uniform", "dynamic"]
@@ -19,18 +21,12 @@ Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
-ExportFormat = Literal["lora", "residual", "merged", "none"]
-Layout = Literal["patterns", "uniform"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
 
-PositiveInt = Annotated[int, Field(ge=1)]
+TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class ModelOptions(_Strict):
+class ModelOptions(Strict):
     """The base model."""
 
     model_name_or_path: str = Field(
@@ -45,7 +41,7 @@ class ModelOptions(_Strict):
     bnb_4bit_use_double_quant: bool = Field(False, description="quantise the scales too, for load_in_4bit")
 
 
-class DataSource(_Strict):
+class DataSource(Strict):
     """One data set: a Hub id or a json, jsonl, csv or parquet file."""
 
     dataset: str = Field(description="Hub id, or a file (relative to data.data_dir, else to the working folder)")
@@ -63,7 +59,7 @@ class DataSource(_Strict):
         return {"dataset": value} if isinstance(value, str) else value
 
 
-class DataOptions(_Strict):
+class DataOptions(Strict):
     """What to learn, what to keep, and how records become tokens."""
 
     data_dir: Path | None = Field(None, description="folder that relative data files are looked up in")
@@ -75,7 +71,7 @@ class DataOptions(_Strict):
     keep: DataSource | None = Field(None, description="the knowledge to keep: the context in kpm")
 
 
-class ContextOptions(_Strict):
+class ContextOptions(Strict):
     """What the covariances are collected from."""
 
     rounds: PositiveInt = Field(1, description="disjoint sample sets, each a candidate covariance; the paper has 5")
@@ -88,12 +84,29 @@ class ContextOptions(_Strict):
     stream: bool = Field(True, description="one block after the other where the model allows; same result, less memory")
     offload: bool = Field(False, description="weights of one block at a time in memory, the rest stays on disk")
     skip_unseen: bool = Field(False, description="leave out layers that saw no token instead of failing")
+    held_out: int = Field(32, ge=0, description="records of data.keep not calibrated on, for the drift meter; 0: none")
 
 
-class AdapterOptions(_Strict):
+class AdapterOptions(Strict):
     """The adapter: which components of which layers, and how they are attached."""
 
-    mode: Mode = Field("kpm", description="kpm: keep knowledge; ipm: learn faster; lora: PEFT's plain LoRA")
+    mode: Mode = Field(
+        "kpm",
+        description="kpm: keep knowledge; ipm: learn faster; contrast: what the task needs and the knowledge lacks; "
+        "dual: components weighed the same way; lora: PEFT's plain LoRA",
+    )
+    directions: Directions = Field(
+        "contrast",
+        description="for contrast and dual, what A or the components come from: contrast: both contexts; controls: "
+        "random, task (as EVA), null (as LoRA-Null), combination (as SC-LoRA)",
+    )
+    mu: float | None = Field(
+        None, gt=0, description="least share of the knowledge in every direction; default: 1 for contrast, 0.1 for dual"
+    )
+    beta: float = Field(0.5, ge=0, le=1, description="for directions combination: weight of the knowledge")
+    train_a: bool | None = Field(None, description="train A too; default: not in contrast, where A only sees the task")
+    row_norm: float = Field(0.577, gt=0, description="length of A's rows in contrast; LoRA's random rows have 0.577")
+    orthonormal: bool = Field(False, description="make A's rows in contrast orthogonal too")
     rank: PositiveInt = Field(16, description="components per layer")
     lora_alpha: float | None = Field(None, gt=0, description="LoRA alpha; default: the rank, so scaling 1")
     use_rslora: bool = Field(False, description="scaling alpha/sqrt(rank) instead of alpha/rank")
@@ -142,6 +155,20 @@ class AdapterOptions(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _two_contexts_fit(self) -> AdapterOptions:
+        if self.directions != "contrast" and self.mode not in TWO_CONTEXTS:
+            raise ValueError(f"directions {self.directions!r} has a meaning in modes contrast and dual only")
+        if self.directions != "contrast" and self.allocation == "dynamic":
+            raise ValueError("allocation 'dynamic' in modes contrast and dual goes by θ: use directions 'contrast'")
+        if self.train_a is False and self.mode != "contrast":
+            raise ValueError("A can be frozen in mode contrast only; a control is directions 'random'")
+        if self.mode == "contrast" and (self.base == "residual" or self.correction == "fit"):
+            raise ValueError("mode contrast starts at zero, so there is no residual: use base 'intact'")
+        if self.mode == "dual" and (self.exponent == 0 or self.balance == "sigma"):
+            raise ValueError("mode dual needs exponent 0.5 or 1 and balance 'equal'")
+        return self
+
+    @model_validator(mode="after")
     def _no_dropped_base(self) -> AdapterOptions:
         if self.lora_dropout > 0 and self.base == "residual" and self.mode != "lora":
             raise ValueError("lora_dropout with base 'residual' drops components of the base: use base 'intact'")
@@ -157,8 +184,27 @@ class AdapterOptions(_Strict):
 
     def form(self, four_bit: bool) -> Base:
         """How the base is held: as asked, else intact, or residual for a 4-bit model."""
-        default: Base = "residual" if four_bit and self.mode != "lora" else "intact"
+        default: Base = "residual" if four_bit and self.has_start else "intact"
         return self.base or default
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the adapter starts with components of the base, which have to be subtracted again."""
+        return self.mode not in {"lora", "contrast"}
+
+    @property
+    def freezes_a(self) -> bool:
+        """Whether only B is trained."""
+        return self.mode == "contrast" and not self.train_a
+
+    @property
+    def least_share(self) -> float:
+        """μ: as set, or the mode's default."""
+        return self.mu or (1.0 if self.mode == "contrast" else 0.1)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        """Trainable parameters per component of a layer."""
+        return d_out if self.freezes_a else d_out + d_in
 
     @model_validator(mode="after")
     def _sigma_needs_damping(self) -> AdapterOptions:
@@ -191,6 +237,18 @@ class TrainingOptions(BaseModel):
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; default: none")
     report_to: str = Field("none", description="none, tensorboard, wandb or mlflow")
     resume_from_checkpoint: bool = Field(True, description="continue an interrupted training of the same recipe")
+    drift_meter: bool | None = Field(
+        None, description="meter how far outputs on data.keep move; default: in kpm, dual and contrast"
+    )
+    drift_steps: PositiveInt | None = Field(
+        None, description="optimiser steps between readings; default: 1 with max_drift, else 20 readings in all"
+    )
+    max_drift: float | None = Field(None, gt=0, description="training stops when the drift passes this")
+    drift_weight: float | None = Field(
+        None,
+        gt=0,
+        description="instead of stopping: weight of a penalty from 0.8 max_drift on; steps past it are shortened",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +257,7 @@ class TrainingOptions(BaseModel):
         return {k: number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class EvaluationTask(_Strict):
+class EvaluationTask(Strict):
     """One held-out data set with its metrics."""
 
     dataset: DataSource
@@ -223,7 +281,7 @@ class EvaluationTask(_Strict):
         return value
 
 
-class EvaluationOptions(_Strict):
+class EvaluationOptions(Strict):
     """What is measured before and after training."""
 
     tasks: dict[str, EvaluationTask] = Field(default_factory=dict)
@@ -232,59 +290,7 @@ class EvaluationOptions(_Strict):
     samples_shown: int = Field(4, ge=0, description="generated answers per task kept for the report")
 
 
-class ExportOptions(_Strict):
-    """What leaves the run, in which form, and where to."""
-
-    format: ExportFormat = Field(
-        "lora",
-        description="lora: plain LoRA on the original base; residual: the papers' residual base with its adapter; "
-        "merged: full weights; none",
-    )
-    rank: PositiveInt | None = Field(
-        None, description="lora: best approximation of this rank per layer; default: exact, twice the adapter's rank"
-    )
-    layout: Layout = Field(
-        "patterns", description="patterns: a rank per layer, for PEFT; uniform: one rank and alpha, for servers"
-    )
-    max_rank: PositiveInt | None = Field(None, description="largest rank that your server takes; more is an error")
-    output: Path | None = Field(None, description="folder; default: adapter, residual or merged in output_dir")
-    max_shard_size: str = Field("5GB", description="largest file of full weights")
-    tolerance: float | None = Field(
-        None,
-        gt=0,
-        description="largest relative logit difference after reload; default 1e-5, or for a 16-bit base 4 times what "
-        "one random rounding of each adapted layer's output does",
-    )
-    push_to_hub: str | None = Field(None, description="Hub repository to upload to, e.g. me/adapter, after the check")
-    hub_private_repo: bool | None = Field(None, description="create that repository private; default: the Hub's own")
-
-    @field_validator("push_to_hub")
-    @classmethod
-    def _repository(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", value):
-            raise ValueError("a Hub repository is OWNER/NAME")
-        return value
-
-    @model_validator(mode="after")
-    def _fits_the_format(self) -> ExportOptions:
-        adapter = self.format in {"lora", "residual"}
-        for name, needs, has in (
-            ("rank", self.format == "lora", self.rank is not None),
-            ("layout", adapter, self.layout != "patterns"),
-            ("max_rank", adapter, self.max_rank is not None),
-        ):
-            if has and not needs and self.format != "none":
-                raise ValueError(f"{name} has no meaning for format {self.format!r}")
-        if self.rank is not None and self.max_rank is not None and self.rank > self.max_rank:
-            raise ValueError("rank is above max_rank")
-        return self
-
-    def content(self) -> dict[str, Any]:
-        """What the files depend on, without where they go."""
-        return self.model_dump(mode="json", exclude={"output", "push_to_hub", "hub_private_repo"})
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """One run, from a base model and data to an adapter with its scores."""
 
     output_dir: Path
@@ -299,14 +305,15 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _has_its_data(self) -> Recipe:
-        if self.adapter.mode == "kpm" and self.data.keep is None:
-            raise ValueError("mode kpm collects its context from data.keep, which is not set")
-        if self.training.decay_to_init and self.adapter.mode == "lora":
-            raise ValueError("training.decay_to_init needs initial factors, which mode lora has not")
+        mode = self.adapter.mode
+        if (mode == "kpm" or mode in TWO_CONTEXTS) and self.data.keep is None:
+            raise ValueError(f"mode {mode} collects its context from data.keep, which is not set")
+        if self.training.decay_to_init and not self.adapter.has_start:
+            raise ValueError(f"training.decay_to_init needs initial factors, which mode {mode} has not")
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
-        if self.export.format == "residual" and self.adapter.mode == "lora":
-            raise ValueError("export.format residual needs initial factors, which mode lora has not")
+        if self.export.format == "residual" and not self.adapter.has_start:
+            raise ValueError(f"export.format residual needs initial factors, which mode {mode} has not")
         adapter = self.adapter
         if self.model.load_in_4bit and adapter.lora_dropout > 0 and adapter.form(four_bit=True) == "residual":
             raise ValueError("lora_dropout with a 4-bit residual base drops components of it: use base 'intact'")
@@ -314,9 +321,37 @@ class Recipe(_Strict):
             raise ValueError(f"export.format {self.export.format} writes full weights, which a 4-bit model has not")
         return self
 
+    @model_validator(mode="after")
+    def _drift_can_be_metered(self) -> Recipe:
+        training = self.training
+        if self.metered and self.data.keep is None:
+            raise ValueError("training.drift_meter needs data.keep, which is not set")
+        if training.max_drift is not None and not self.metered:
+            raise ValueError("training.max_drift needs the drift meter: set training.drift_meter: true")
+        if training.drift_weight is not None and training.max_drift is None:
+            raise ValueError("training.drift_weight is of a penalty above training.max_drift, which is not set")
+        return self
+
+    @property
+    def metered(self) -> bool:
+        """Whether the drift of outputs on the knowledge is metered."""
+        default = self.adapter.mode == "kpm" or self.adapter.mode in TWO_CONTEXTS
+        return default if self.training.drift_meter is None else self.training.drift_meter
+
     def context_source(self) -> DataSource | None:
-        """The data set that the covariances come from, or None for plain LoRA."""
-        return {"kpm": self.data.keep, "ipm": self.data.learn, "lora": None}[self.adapter.mode]
+        """The data set whose covariances the plan is made of, or None for plain LoRA."""
+        mode = self.adapter.mode
+        return None if mode == "lora" else self.data.learn if mode == "ipm" else self.data.keep
+
+    def context_sources(self) -> dict[str, DataSource]:
+        """Every data set that covariances are collected from, by side; the one of `context_source` first."""
+        sides = ["learn"] if self.adapter.mode == "ipm" else []
+        if self.metered or self.adapter.mode == "kpm" or self.adapter.mode in TWO_CONTEXTS:
+            sides.append("keep")
+        if self.adapter.mode in TWO_CONTEXTS:
+            sides.append("learn")
+        both = {"learn": self.data.learn, "keep": self.data.keep}
+        return {side: source for side in sides if (source := both[side]) is not None}
 
     def export_folder(self) -> Path:
         """Where the export goes."""

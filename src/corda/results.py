@@ -41,7 +41,8 @@ def results(
     """
     r = inputs.recipe
     curve = artifact.read_json(trained.path("curve.json"))
-    stages = ["plan", "before", "after", *(["context"] if r.context_source() else [])]
+    stages = ["plan", "before", "after", *(["context"] if r.context_sources() else [])]
+    drift = artifact.read_json(trained.path("drift.json")) if r.metered else None
     costs = [trained.manifest["costs"], exported.get("costs", {})]
     costs += [artifact.read(folder / stage, stage, verify=False).manifest["costs"] for stage in stages]
     return {
@@ -55,6 +56,7 @@ def results(
         "plan": plan.as_json(),
         "step0": trained.manifest["step0"],
         "train": curve | {"steps": curve["step"][-1] if curve["step"] else 0},
+        "drift": drift and drift | {"limit": r.training.max_drift, "weight": r.training.drift_weight},
         "scores": {"before": _flat(before), "after": _flat(after), "change": _changes(before, after)},
         "answers": {"before": dict(before.answers), "after": dict(after.answers)},
         "export": {k: v for k, v in exported.items() if k != "costs"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +12,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from corda import checkpoints
 from corda.data.batches import Encoded
 from corda.distributed import world
+from corda.drift import DriftMeter, Watch
 from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL, TRAINED
 from corda.progress import Progress, silent
 from corda.recipe import TrainingOptions
 
-_OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init"}
+_METER = {"drift_meter", "drift_steps", "max_drift", "drift_weight"}
+_OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init", *_METER}
 _IGNORED = -100
 
 
@@ -34,12 +37,22 @@ class Curve:
         step: The optimiser steps they belong to.
         learning_rate: At those steps.
         seconds: Wall-clock time of the training loop.
+        drift_step: The optimiser steps that the drift meter was read after.
+        drift: What it read, see `drift.Reading`: the total.
+        drift_rms: The root mean square over layers.
+        drift_held_out: The total on knowledge that was not calibrated on; empty where there is none.
+        stopped: The step at which the drift passed its limit; None where training went on to its end.
     """
 
     loss: tuple[float, ...]
     step: tuple[int, ...]
     learning_rate: tuple[float, ...]
     seconds: float
+    drift_step: tuple[int, ...] = ()
+    drift: tuple[float, ...] = ()
+    drift_rms: tuple[float, ...] = ()
+    drift_held_out: tuple[float, ...] = ()
+    stopped: int | None = None
 
 
 def train(
@@ -52,6 +65,7 @@ def train(
     fingerprint: str,
     seed: int = 0,
     progress: Progress = silent,
+    meter: DriftMeter | None = None,
 ) -> Curve:
     """Train the model's adapter in place, on the loss of response tokens.
 
@@ -64,6 +78,7 @@ def train(
         fingerprint: Of everything the training depends on.
         seed: Of the data order.
         progress: Shows how far it is.
+        meter: Read during training, logged, and held to `max_drift`; None for no meter.
 
     Raises:
         DataError: no record has a response token.
@@ -95,6 +110,9 @@ def train(
         )
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
+    watch = Watch(meter, options, functools.partial(Trainer.log, trainer)) if meter is not None else None
+    if watch is not None:
+        trainer.add_callback(watch)
     trainer.add_callback(checkpoints.Sealing((options.model_extra or {}).get("save_total_limit")))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
     steps = _Steps(progress)
@@ -108,16 +126,22 @@ def train(
             vars(model).pop(wrapper, None)
     seconds = time.perf_counter() - start
     model.eval()
-    return _curve(trainer.state.log_history, seconds)
+    return _curve(trainer.state.log_history, seconds, watch.stopped if watch else None)
 
 
-def _curve(log: Sequence[dict[str, Any]], seconds: float) -> Curve:
+def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = None) -> Curve:
     logged = [entry for entry in log if "loss" in entry]
+    read = [entry for entry in log if "drift" in entry]
     return Curve(
         tuple(float(e["loss"]) for e in logged),
         tuple(int(e["step"]) for e in logged),
         tuple(float(e["learning_rate"]) for e in logged),
         seconds,
+        tuple(int(e["step"]) for e in read),
+        tuple(float(e["drift"]) for e in read),
+        tuple(float(e["drift_rms"]) for e in read),
+        tuple(float(e["drift_held_out"]) for e in read if "drift_held_out" in e),
+        stopped,
     )
 
 
@@ -200,7 +224,7 @@ class DecayToInit(TrainerCallback):  # type: ignore[misc]
             raise RecipeError(
                 "decay_to_init needs an adapter with initial factors",
                 where="training.decay_to_init",
-                fix="use mode kpm or ipm, or weight_decay for plain LoRA",
+                fix="use mode kpm, ipm or dual, or weight_decay where B starts at zero",
             )
 
     @torch.no_grad()

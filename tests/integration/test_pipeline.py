@@ -18,11 +18,11 @@ from corda.reading import parse_recipe
 REQUIRED = {"schema", "recipe", "model", "plan", "step0", "train", "scores", "export", "timing", "memory", "provenance"}
 
 
-@pytest.mark.parametrize("mode", ["kpm", "ipm", "lora"])
+@pytest.mark.parametrize("mode", ["kpm", "ipm", "dual", "contrast", "lora"])
 @pytest.mark.parametrize("base", ["intact", "residual"])
 def test_a_run_from_recipe_to_adapter(raw_recipe, pico, mode, base):
-    if (mode, base) == ("lora", "residual"):
-        pytest.skip("plain LoRA has no residual")
+    if mode in {"lora", "contrast"} and base == "residual":
+        pytest.skip("an adapter that starts at zero has no residual")
     raw_recipe["adapter"] |= {"mode": mode, "base": base}
     recipe = parse_recipe(raw_recipe)
     results = pipeline.run(recipe)
@@ -33,7 +33,7 @@ def test_a_run_from_recipe_to_adapter(raw_recipe, pico, mode, base):
     assert results["export"]["max_relative_logit_difference"] <= 1e-5
     assert len(results["train"]["loss"]) == results["train"]["steps"] == 3
     assert results["plan"]["trainable_parameters"] == sum(
-        4 * sum(layer["shape"]) for layer in results["plan"]["layers"]
+        4 * (layer["shape"][0] if mode == "contrast" else sum(layer["shape"])) for layer in results["plan"]["layers"]
     )
     assert (
         set(results["scores"]["before"])
@@ -45,7 +45,7 @@ def test_a_run_from_recipe_to_adapter(raw_recipe, pico, mode, base):
     stages = {"plan", "before", "train", "after", "export"} | ({"collect"} if mode != "lora" else set())
     assert set(results["timing"]) == set(results["memory"]) == stages
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(folder / "adapter"))
-    assert loaded.peft_config["default"].r == (4 if mode == "lora" else 8)
+    assert loaded.peft_config["default"].r == (4 if mode in {"lora", "contrast"} else 8)
     assert (folder / "report.html").is_file()
 
 
@@ -176,7 +176,7 @@ def test_an_interrupted_collect_or_plan_continues_with_the_same_bytes(raw_recipe
             pipeline.run(parse_recipe(raw_recipe))
     pipeline.run(parse_recipe(raw_recipe))
     assert done[:2] == ["block-0000", "interrupt"]
-    assert done[2] == "block-0001"
+    assert done[2] == "block-0000-round-1"  # the knowledge held out for the drift meter
     assert len(set(done)) == len(done) - 1  # nothing was done twice
     for stage in ("context", "plan", "train"):
         one, two = (artifact.read(tmp_path / run / stage, stage).manifest["files"] for run in ("straight", "run"))

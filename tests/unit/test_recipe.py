@@ -31,7 +31,7 @@ def test_every_problem_is_reported_at_once_with_suggestions(raw_recipe):
     assert message.startswith("7 problems")
     for part in (
         "'adapter.rnak', did you mean 'rank'",
-        "adapter.mode: Input should be 'kpm', 'ipm' or 'lora' (got 'kpn')",
+        "adapter.mode: Input should be 'kpm', 'ipm', 'dual', 'contrast' or 'lora' (got 'kpn')",
         "'contxt', did you mean 'context'",
         "context.samples",
         "'training.learning_rat', did you mean 'learning_rate'",

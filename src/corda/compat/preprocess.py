@@ -115,8 +115,13 @@ def _options(config: LoraConfig) -> AdapterOptions:
         )
     method = config.corda_config.corda_method
     if method not in {"kpm", "ipm"}:
+        two = method in {"dual", "contrast"}
         raise RecipeError(
-            "corda_method is unknown", where="lora_config.corda_config", got=repr(method), expected="'kpm' or 'ipm'"
+            "corda_method takes one context, that mode two" if two else "corda_method is unknown",
+            where="lora_config.corda_config",
+            got=repr(method),
+            expected="'kpm' or 'ipm'",
+            fix="use a recipe with adapter.mode, or collect(..., learn=...) and make_plan(mode=...)" if two else None,
         )
     return AdapterOptions(mode=method, base="residual")
 

@@ -13,7 +13,7 @@ from corda import artifact
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.masks import followed
-from corda.context.store import Context
+from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
 from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
@@ -40,6 +40,7 @@ def collect(
     batch_size: int = 8,
     skip_unseen: bool = False,
     seed: int = 0,
+    learn: Sequence[str | dict[str, Any]] | None = None,
 ) -> Context:
     """Collect C = X Xᵀ / T for every target layer (CorDA, section 3.1), X being its inputs over T real tokens.
 
@@ -58,24 +59,28 @@ def collect(
         batch_size: Rows per forward pass; does not change the result.
         skip_unseen: Leave out layers that saw no token instead of failing.
         seed: Of the order drawn.
+        learn: Records of the task, where `records` are the knowledge to keep: for modes dual and contrast.
 
     Raises:
         TargetError: nothing matched.
         DataError: a record fits no format.
         CalibrationError: a layer saw no token, or activations are not finite.
     """
-    raw = [{"text": record} if isinstance(record, str) else record for record in records]
-    chosen = calibration_rounds(
-        to_records(raw),
-        tokenizer,
-        rounds,
-        template=template,
-        max_length=max_length,
-        samples=samples,
-        tokens=tokens,
-        pack_to=pack_to,
-        seed=seed,
-    )
+    chosen = []
+    for source in (records, learn or ()):
+        raw = [{"text": record} if isinstance(record, str) else record for record in source]
+        if raw or source is records:
+            chosen += calibration_rounds(
+                to_records(raw),
+                tokenizer,
+                rounds,
+                template=template,
+                max_length=max_length,
+                samples=samples,
+                tokens=tokens,
+                pack_to=pack_to,
+                seed=seed,
+            )
     return collect_encoded(
         model,
         chosen,
@@ -84,6 +89,7 @@ def collect(
         batch_size=batch_size,
         response_only=positions == "response",
         skip_unseen=skip_unseen,
+        sides=("learn",) * (len(chosen) - rounds),
     )
 
 
@@ -101,6 +107,7 @@ def collect_encoded(
     weights: LazyWeights | None = None,
     device: torch.device | None = None,
     progress: Progress = silent,
+    sides: Sequence[str] = (),
 ) -> Context:
     """`collect` for records that are tokens already and layers that are chosen already.
 
@@ -117,6 +124,7 @@ def collect_encoded(
         weights: For a model without weights: where those of one block at a time come from.
         device: To compute on; default: that of the model.
         progress: Shows how far it is.
+        sides: Where the last of `encoded` are of other sources: their names; see `Context.side`.
 
     Raises:
         ModelError: `weights` for a model whose targets do not all lie in one list of blocks.
@@ -157,7 +165,7 @@ def collect_encoded(
             found.append(_whole(model, body, progress(parts, "collect", len(parts)), layers, r))
             if journal is not None and r == 0:
                 artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
-    return _finish(found, layers, skip_unseen, notes, len(rounds))
+    return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
 
 
 def collect_batches(
@@ -235,14 +243,20 @@ def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
 
 
 def _finish(
-    found: Sequence[Captured], layers: Sequence[LayerSpec], skip_unseen: bool, notes: Sequence[str], rounds: int
+    found: Sequence[Captured],
+    layers: Sequence[LayerSpec],
+    skip_unseen: bool,
+    notes: Sequence[str],
+    rounds: int,
+    sides: tuple[str, ...] = (),
 ) -> Context:
+    needed = [*range(rounds), *(rounds + i for i, side in enumerate(sides) if side != HELD_OUT)]
     tokens = {group: t for part in found for group, t in part.tokens.items()}
     groups = {layer: group for part in found for layer, group in part.groups.items()}
     unseen = [
         layer.name
         for layer in layers
-        if layer.name not in groups or any(candidate(groups[layer.name], r) not in tokens for r in range(rounds))
+        if layer.name not in groups or any(candidate(groups[layer.name], r) not in tokens for r in needed)
     ]
     if unseen and not skip_unseen:
         raise CalibrationError(
@@ -258,7 +272,7 @@ def _finish(
     warnings = [*notes, *(f"left out, no token seen: {name}" for name in unseen)]
     widest = max(seen, key=lambda layer: layer.d_in)
     widest_groups = {groups[layer.name] for layer in seen if layer.d_in == widest.d_in}
-    fewest = min(tokens[candidate(group, r)] for group in widest_groups for r in range(rounds))
+    fewest = min(tokens[candidate(group, r)] for group in widest_groups for r in needed)
     if fewest < 2 * widest.d_in:
         warnings.append(
             f"few calibration tokens: {fewest} for {widest.name} with {widest.d_in} inputs, whose covariance has rank "
@@ -271,4 +285,5 @@ def _finish(
         merged([part.packed for part in found]),
         tuple(warnings),
         rounds,
+        sides,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from corda.errors import ArtifactError
 from corda.journal import LazyTensors
 from corda.targets import LayerSpec
 
+HELD_OUT = "held_out"  # the side of knowledge that is not calibrated on, for the drift meter alone
+
 
 @dataclass(frozen=True)
 class Context:
@@ -33,6 +35,7 @@ class Context:
         packed: Candidate -> packed upper triangle of C = X Xᵀ / T, fp32, in memory or read when asked for.
         warnings: What a person should know of the calibration, e.g. too few tokens.
         rounds: Candidates per group.
+        sides: Whose the candidates behind those are, e.g. ("learn", "held_out"); see `side`.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -41,6 +44,7 @@ class Context:
     packed: Mapping[str, Tensor]
     warnings: tuple[str, ...] = ()
     rounds: int = 1
+    sides: tuple[str, ...] = ()
 
     def covariance(self, layer: str, round_: int | None = 0) -> Tensor:
         """C of a layer's input, (d_in, d_in) fp32, symmetric.
@@ -70,12 +74,50 @@ class Context:
         wanted = range(self.rounds) if round_ is None else [round_]
         return sum(self.tokens[candidate(self.groups[layer], r)] for r in wanted)
 
+    def side(self, name: str) -> Context:
+        """Another source's covariances, collected in the same run, as a context of its own; read when asked for.
+
+        Raises:
+            ArtifactError: there is no such source.
+        """
+        own = [self.rounds + i for i, one in enumerate(self.sides) if one == name]
+        groups = dict.fromkeys(self.groups.values())
+        names = {candidate(g, i): candidate(g, r) for g in groups for i, r in enumerate(own)}
+        names = {new: old for new, old in names.items() if old in self.tokens}
+        if not names:
+            raise ArtifactError(
+                "the context lacks a source",
+                where=name,
+                got=", ".join(dict.fromkeys(self.sides)) or "one source",
+                fix="collect again, with both data.learn and data.keep",
+            )
+        layers = tuple(layer for layer in self.layers if self.groups[layer.name] in names)
+        of = {layer.name: self.groups[layer.name] for layer in layers}
+        tokens = {new: self.tokens[old] for new, old in names.items()}
+        return Context(layers, of, tokens, _Renamed(self.packed, names), (), len(own))
+
     def members(self) -> dict[str, list[LayerSpec]]:
         """Group name -> its layers, both in module order."""
         members: dict[str, list[LayerSpec]] = {}
         for layer in self.layers:
             members.setdefault(self.groups[layer.name], []).append(layer)
         return members
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Some tensors of another mapping under other names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, Any], seconds: float = 0.0) -> Context:
@@ -109,6 +151,7 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
             shards=shards,
             warnings=list(context.warnings),
             rounds=context.rounds,
+            sides=list(context.sides),
             write_seconds=seconds + time.perf_counter() - started,
             **extra,
         )
@@ -121,7 +164,13 @@ def load(found: artifact.Artifact) -> Context:
     layers = tuple(LayerSpec(**layer) for layer in manifest["layers"])
     packed = LazyTensors({group: found.path(name) for group, name in manifest["shards"].items()})
     return Context(
-        layers, manifest["groups"], manifest["tokens"], packed, tuple(manifest["warnings"]), manifest["rounds"]
+        layers,
+        manifest["groups"],
+        manifest["tokens"],
+        packed,
+        tuple(manifest["warnings"]),
+        manifest["rounds"],
+        tuple(manifest.get("sides", ())),
     )
 
 

@@ -113,6 +113,7 @@ def calibration_rounds(
     tokens: int | None = None,
     pack_to: int | None = None,
     seed: int = 0,
+    order: Iterator[int] | None = None,
 ) -> list[list[Encoded]]:
     """Draw disjoint sets of calibration samples: records, or windows packed to `pack_to` tokens, until a limit is met.
 
@@ -126,11 +127,12 @@ def calibration_rounds(
         tokens: At most so many tokens per round; the last record is cut to fit.
         pack_to: Window length; attention does not cross records.
         seed: Of the order drawn.
+        order: Indices of records to draw, instead of `seed`; what is not drawn stays in it.
 
     Raises:
         DataError: nothing is left after encoding, or not enough records for every round.
     """
-    order = iter(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist())
+    order = order if order is not None else drawing_order(records, seed)
     drawn: list[list[Encoded]] = []
     share = -(-len(records) // rounds) if samples is None and tokens is None else len(records)
     for number in range(rounds):
@@ -158,6 +160,11 @@ def calibration_rounds(
             )
         drawn.append(pack(chosen, pack_to)[:samples] if pack_to else chosen)
     return drawn
+
+
+def drawing_order(records: Sequence[Record], seed: int) -> Iterator[int]:
+    """Indices of all records in the order that calibration samples are drawn in."""
+    return iter(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def pack(encoded: Sequence[Encoded], length: int) -> list[Encoded]:

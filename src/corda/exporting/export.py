@@ -18,8 +18,8 @@ from corda.exporting.check import again, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
 from corda.exporting.update import Compression, is_requantised, read_update, refuse_rank
 from corda.metric import full_precision
+from corda.options import ExportOptions
 from corda.reading import parse_export
-from corda.recipe import ExportOptions
 
 _KIND = "export"
 _CARD = "README.md"

@@ -24,7 +24,7 @@ from corda.exporting.check import (
 from corda.exporting.kept import confirm_kept, update_kept
 from corda.exporting.update import Compression, Update, approximate
 from corda.exporting.write import layer_of, shift_weights, write_lora, write_model
-from corda.recipe import ExportOptions
+from corda.options import ExportOptions
 
 BESIDE = "adapter"  # folder of the adapter inside a residual base's folder
 

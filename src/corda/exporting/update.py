@@ -14,8 +14,8 @@ from torch import Tensor
 from corda import compress
 from corda.errors import RecipeError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Corrected, Difference
+from corda.options import ExportOptions
 from corda.quantization import is_4bit
-from corda.recipe import ExportOptions
 
 
 class Factors(NamedTuple):

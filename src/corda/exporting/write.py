@@ -19,7 +19,7 @@ from corda import compress
 from corda.adapter import exact_key, target_names
 from corda.errors import AdapterError
 from corda.exporting.update import Factors
-from corda.recipe import Layout
+from corda.options import Layout
 
 
 def write_lora(

@@ -53,7 +53,8 @@ def check_ranks_by_hand(specs: Sequence[LayerSpec], options: AdapterOptions, rou
             fix="correct the lines; `corda plan RECIPE --save-ranks FILE` writes a file that fits",
         )
     named = [(known[name], given.rank) for name, given in options.ranks.items() if given.rank is not None]
-    _check_budget(sum((s.d_in + s.d_out) * r for s, r in named), [s for s, _ in named], options, "at least ")
+    total = sum(options.cost(s.d_out, s.d_in) * r for s, r in named)
+    _check_budget(total, [s for s, _ in named], options, "at least ")
 
 
 def with_ranks_by_hand(layers: Mapping[str, LayerPlan], options: AdapterOptions) -> tuple[dict[str, LayerPlan], str]:
@@ -99,7 +100,7 @@ def ranks_file(plan: Plan, rounds: int) -> str:
         name = layer.name if yaml.safe_load(layer.name) == layer.name else repr(layer.name)
         chosen = "all" if layer.chosen is None else layer.chosen
         value = f"{{rank: {layer.rank}, round: {chosen}}}" if rounds > 1 else f"{layer.rank}"
-        each = layer.d_in + layer.d_out
+        each = plan.options.cost(layer.d_out, layer.d_in)
         lines.append(f"{name}: {value}  # rank 1 to {min(layer.d_out, layer.d_in)}, {each} parameters per component")
     return "\n".join(lines) + "\n"
 
@@ -108,7 +109,7 @@ def _check_budget(
     total: int, layers: Sequence[LayerSpec | LayerPlan], options: AdapterOptions, least: str = ""
 ) -> None:
     """`total` parameters against the budget; the paper's overshoot may pass it by one component."""
-    slack = max((layer.d_in + layer.d_out for layer in layers), default=0) if options.overshoot else 0
+    slack = max((options.cost(layer.d_out, layer.d_in) for layer in layers), default=0) if options.overshoot else 0
     if options.budget is not None and total > options.budget + slack:
         raise PlanError(
             "the ranks by hand pass the budget",

@@ -20,12 +20,14 @@ from corda.plan.allocation import Candidate, allocate
 from corda.plan.byhand import by_hand, check_ranks_by_hand, round_by_hand, with_ranks_by_hand
 from corda.plan.compactness import Compactness, compactness, from_spectrum
 from corda.plan.parallel import each
+from corda.plan.part import Part
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
+from corda.plan.weigh import all_thetas, ranks_by_theta, weigh
 from corda.progress import Progress, silent
 from corda.quantization import Factors, start
 from corda.reading import parse_adapter
-from corda.recipe import AdapterOptions, Selection
+from corda.recipe import TWO_CONTEXTS, AdapterOptions, Selection
 from corda.targets import LayerSpec, weight_of
 
 _END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
@@ -41,6 +43,7 @@ def make_plan(
     weights: Callable[[str], Tensor] | None = None,
     device: torch.device | None = None,
     quantise: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
     progress: Progress = silent,
     **settings: Any,
 ) -> Plan:
@@ -55,6 +58,7 @@ def make_plan(
         weights: For a model without weights: gives a parameter by its full name.
         device: To compute on; default: that of the model.
         quantise: For a 4-bit model: W (d_out, d_in) -> Q(W) as numbers; see `corda.quantization.round_trip`.
+        seed: Of random directions.
         progress: Shows how far it is.
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
@@ -68,7 +72,8 @@ def make_plan(
     specs = context.layers if isinstance(context, Context) else tuple(context)
     check_ranks_by_hand(specs, options, context.rounds if isinstance(context, Context) else 1)
     rank = uniform_rank(specs, options)
-    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, rank, s.name) for s in specs}
+    trained = not options.freezes_a
+    blank = {s.name: LayerPlan(s.name, s.kind, s.d_out, s.d_in, rank, s.name, train_a=trained) for s in specs}
     if options.mode == "lora":
         blank, changed = with_ranks_by_hand(blank, options)
         return Plan(options, tuple(blank.values()), warnings=(changed,) if changed else ())
@@ -86,23 +91,30 @@ def make_plan(
             where=f"adapter.correction {options.correction}",
             fix="set model.load_in_4bit: true, or correction: none",
         )
-    work = _Work(context, options, selection, weight, device, journal, quantise)
+    weighs = options.mode in TWO_CONTEXTS
+    learn = context.side("learn") if weighs else None
+    work = _Work(context, options, selection, weight, device, journal, quantise, learn, seed)
     groups = context.members()
     small = device.type == "cpu" and max(min(spec.d_out, spec.d_in) for spec in specs) <= linalg.EXACT_LIMIT
     with torch.no_grad(), full_precision():
-        if selection == "dynamic" or options.allocation == "dynamic":
+        if selection == "dynamic" or (options.allocation == "dynamic" and not weighs):
             found = each(lambda item: work.survey(*item), list(groups.items()), side_by_side=small)
             surveyed = {
                 layer.name: (layer, spectrum)
                 for survey in progress(found, "survey", len(groups))
                 for layer, spectrum in survey
             }
-            ranks = _ranks(surveyed, options, rank)
-            blank = {name: replace(layer, rank=ranks[name]) for name, (layer, _) in surveyed.items()}
+            ranks = dict.fromkeys(surveyed, rank) if weighs else _ranks(surveyed, options, rank)
+            blank = {name: replace(layer, rank=ranks[name], train_a=trained) for name, (layer, _) in surveyed.items()}
         else:
             taken = None if selection == "pooled" else 0
             blank = {name: replace(layer, chosen=taken) for name, layer in blank.items()}
         blank = {spec.name: work.with_round_by_hand(spec, blank[spec.name]) for spec in specs}
+        if weighs and options.allocation == "dynamic":
+            tasks = [(g, [(spec, blank[spec.name]) for spec in members]) for g, members in groups.items()]
+            weighed = each(lambda item: work.thetas(*item), tasks, side_by_side=small)
+            thetas = {name: t for some in progress(weighed, "weigh", len(groups)) for name, t in some.items()}
+            blank = ranks_by_theta(blank, thetas, options)
         blank, changed = with_ranks_by_hand(blank, options)
         todo = [(group, [(spec, blank[spec.name]) for spec in members]) for group, members in groups.items()]
         made = each(lambda item: work.factorise(*item), todo, side_by_side=small)
@@ -110,15 +122,19 @@ def make_plan(
     ordered = [parts[spec.name] for spec in specs]
     dead = sum(part.layer.dead for part in ordered)
     notes = [changed] if changed else []
-    notes += [f"{dead} directions with negligible weight start with a zero column of B"] if dead else []
+    if dead and options.mode == "contrast":
+        notes.append(f"{dead} directions in which the task has nothing: fewer task tokens than the ranks ask for")
+    elif dead:
+        notes.append(f"{dead} directions with negligible weight start with a zero column of B")
     return Plan(
         options,
         tuple(part.layer for part in ordered),
         {part.layer.name: (part.A, part.B) for part in ordered},
-        {part.layer.name: part.spectrum for part in ordered},
+        {part.layer.name: part.spectrum for part in ordered if part.spectrum.numel()},
         (*context.warnings, *notes),
         {part.layer.name: part.removed for part in ordered if part.removed},
         {part.layer.name: part.correction for part in ordered if part.correction},
+        {f"{part.layer.name}.{kind}": t for part in ordered for kind, t in part.weighed.items()},
     )
 
 
@@ -128,7 +144,7 @@ def uniform_rank(specs: Sequence[LayerSpec], options: AdapterOptions) -> int:
     Raises:
         PlanError: larger than a layer allows, or a budget below one per layer.
     """
-    per_rank = sum(spec.d_in + spec.d_out for spec in specs)
+    per_rank = sum(options.cost(spec.d_out, spec.d_in) for spec in specs)
     rank = options.rank if options.budget is None else options.budget // per_rank
     if rank < 1:
         raise PlanError(
@@ -166,35 +182,6 @@ def _ranks(surveyed: Mapping[str, tuple[LayerPlan, Tensor]], options: AdapterOpt
 
 
 @dataclass(frozen=True)
-class _Part:
-    layer: LayerPlan
-    A: Tensor
-    B: Tensor
-    spectrum: Tensor
-    removed: Factors | None = None
-    correction: Factors | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """Every tensor by a name of its own."""
-        tensors = {"A": self.A, "B": self.B, "spectrum": self.spectrum}
-        for kind, pair in (("removed", self.removed), ("correction", self.correction)):
-            if pair is not None:
-                tensors |= {f"{kind}_A": pair[0].contiguous(), f"{kind}_B": pair[1].contiguous()}
-        return {f"{self.layer.name}.{key}": tensor for key, tensor in tensors.items()}
-
-    @classmethod
-    def noted(cls, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> _Part:
-        """Inverse of `named`."""
-
-        def pair(kind: str) -> Factors | None:
-            key = f"{layer.name}.{kind}"
-            return (tensors[f"{key}_A"], tensors[f"{key}_B"]) if f"{key}_A" in tensors else None
-
-        A, B, spectrum = (tensors[f"{layer.name}.{part}"] for part in ("A", "B", "spectrum"))
-        return cls(layer, A, B, spectrum, pair("removed"), pair("correction"))
-
-
-@dataclass(frozen=True)
 class _Work:
     """What both passes over the layers need."""
 
@@ -205,6 +192,8 @@ class _Work:
     device: torch.device
     journal: Journal | None
     quantise: Callable[[Tensor], Tensor] | None = None
+    learn: Context | None = None
+    seed: int = 0
 
     def metric(self, layer: str, round_: int | None) -> Metric:
         """(C + λI)^a of a layer's candidate."""
@@ -257,14 +246,16 @@ class _Work:
         pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric))
         return replace(layer, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
 
-    def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[_Part]:
+    def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
         """Vectors for the chosen candidates and ranks; layers with one candidate share its metric."""
         facts = self.journal.facts(group) if self.journal else None
         if self.journal is not None and facts is not None:
             tensors = load_file(self.journal.path(group))
-            return [_Part.noted(layer_from_json(raw), tensors) for raw in facts["layers"]]
+            return [Part.noted(layer_from_json(raw), tensors) for raw in facts["layers"]]
         metrics: dict[int | None, Metric] = {}
         parts = []
+        if self.learn is not None:
+            return self._noted(group, [p for some in self._together(members) for p in self._weighed(group, some)])
         for spec, layer in members:
             if layer.chosen not in metrics:
                 metrics = {layer.chosen: self.metric(spec.name, layer.chosen)}
@@ -273,6 +264,50 @@ class _Work:
             W, metric = self.weight(spec), metrics[layer.chosen]
             part = _factorise(spec, planned, W, metric, self.options)
             parts.append(part if self.quantise is None else _quantised(part, W, metric, self.options, self.quantise))
+        return self._noted(group, parts)
+
+    def thetas(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> dict[str, Tensor]:
+        """Layer name -> every θ, best first, of the chosen candidate."""
+        key = f"theta {group}"
+        if self.journal is not None and self.journal.facts(key) is not None:
+            return dict(load_file(self.journal.path(key)))
+        found: dict[str, Tensor] = {}
+        for some in self._together(members):
+            specs = [spec for spec, _ in some]
+            task, knowledge = self._both(some[0][1])
+            values = all_thetas(specs, [self.weight(spec) for spec in specs], task, knowledge, self.options)
+            found |= {spec.name: value.clone() for spec, value in zip(specs, values, strict=True)}
+        if self.journal is not None:
+            self.journal.put(key, found, {})
+        return found
+
+    def _together(self, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[list[tuple[LayerSpec, LayerPlan]]]:
+        """Members with one candidate, for each candidate."""
+        chosen = dict.fromkeys(layer.chosen for _, layer in members)
+        return [[member for member in members if member[1].chosen == one] for one in chosen]
+
+    def _both(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        """C_t, pooled unless the first round is asked for, and C_k of the chosen candidate."""
+        assert self.learn is not None
+        task = self.learn.covariance(layer.name, 0 if self.selection == "first" else None)
+        return task.to(self.device), self.context.covariance(layer.name, layer.chosen).to(self.device)
+
+    def _weighed(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
+        """Parts of layers with one candidate, in dual and contrast."""
+        tokens = self.context.token_count(members[0][0].name, members[0][1].chosen)
+        planned = [(spec, replace(layer, group=group, tokens=tokens)) for spec, layer in members]
+        weights = [self.weight(spec) for spec, _ in members]
+        task, knowledge = self._both(planned[0][1])
+        parts = []
+        for one, W in zip(weigh(planned, weights, task, knowledge, self.options, self.seed), weights, strict=True):
+            part = Part(one.layer, one.A, one.B, torch.empty(0), weighed=one.spectra)
+            if self.quantise is not None:
+                metric = Metric(knowledge, self.options.exponent, damping(knowledge, self.options.damp))
+                part = _quantised(part, W, metric, self.options, self.quantise)
+            parts.append(part)
+        return parts
+
+    def _noted(self, group: str, parts: list[Part]) -> list[Part]:
         if self.journal is not None:
             named = {key: tensor for part in parts for key, tensor in part.named().items()}
             self.journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
@@ -300,7 +335,7 @@ class _Work:
         return pi
 
 
-def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, options: AdapterOptions) -> _Part:
+def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, options: AdapterOptions) -> Part:
     try:
         found = linalg.subspace(W, metric, layer.rank, _END[options.mode])
     except ValueError as error:
@@ -317,12 +352,12 @@ def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, opt
         dead=dead,
         norm_ratio=float(A.norm()) / max(float(B.norm()), 1e-30),
     )
-    return _Part(layer, A.cpu(), B.cpu(), values.float().cpu())
+    return Part(layer, A.cpu(), B.cpu(), values.float().cpu())
 
 
 def _quantised(
-    part: _Part, W: Tensor, metric: Metric, options: AdapterOptions, quantise: Callable[[Tensor], Tensor]
-) -> _Part:
+    part: Part, W: Tensor, metric: Metric, options: AdapterOptions, quantise: Callable[[Tensor], Tensor]
+) -> Part:
     s = scaling(options, part.layer.rank)
     begin = start(
         W,
@@ -342,4 +377,4 @@ def _quantised(
 
     A, B = begin.trained
     layer = replace(part.layer, quantised=begin.error)
-    return _Part(layer, A.cpu(), B.cpu(), part.spectrum, home(begin.removed), home(begin.correction))
+    return Part(layer, A.cpu(), B.cpu(), part.spectrum, home(begin.removed), home(begin.correction), part.weighed)

@@ -12,13 +12,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from corda import artifact, linalg
+from corda import artifact
 from corda.errors import PlanError
 from corda.quantization import QuantisationError, totals
 from corda.recipe import AdapterOptions, Mode
 from corda.targets import LayerSpec
 
-_END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
+WEIGHED = "weighed.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class LayerPlan:
             dynamic selection.
         edited: `adapter.ranks` gave it another rank or round than selection and allocation.
         quantised: What 4 bits cost the layer; None in a model of higher precision.
+        task_energy: In dual and contrast, the task's share along the adapted components; `energy` is the knowledge's.
+        theta: In dual and contrast, the largest and the smallest value that a component was chosen by.
+        train_a: A is trained too.
     """
 
     name: str
@@ -67,11 +70,14 @@ class LayerPlan:
     scores: tuple[float, ...] = ()
     edited: bool = False
     quantised: QuantisationError | None = None
+    task_energy: float = 0.0
+    theta: tuple[float, ...] = ()
+    train_a: bool = True
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, (d_in + d_out) r."""
-        return (self.d_in + self.d_out) * self.rank
+        """Trainable parameters, (d_in + d_out) r, or d_out r where A is frozen."""
+        return (self.d_out + (self.d_in if self.train_a else 0)) * self.rank
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Plan:
         removed: Layer name -> (A, B) whose product is taken out of a 4-bit layer before it is quantised, where
             that is not the adapter's start.
         corrections: Layer name -> (A, B) of the frozen correction of a 4-bit layer.
+        weighed: In dual and contrast, "LAYER.theta", "LAYER.task" and "LAYER.knowledge" -> see `weigh.Weighed`.
     """
 
     options: AdapterOptions
@@ -96,15 +103,16 @@ class Plan:
     warnings: tuple[str, ...] = ()
     removed: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     corrections: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    weighed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mode(self) -> Mode:
-        """kpm, ipm or lora."""
+        """kpm, ipm, dual, contrast or lora."""
         return self.options.mode
 
     @property
     def trainable_parameters(self) -> int:
-        """Σ (d_in + d_out) r over the layers."""
+        """Σ (d_in + d_out) r over the layers, or Σ d_out r where A is frozen."""
         return sum(layer.parameters for layer in self.layers)
 
     def scaling(self, rank: int) -> float:
@@ -134,7 +142,9 @@ def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
     """Inverse of asdict, after JSON."""
     fields = {key: value for key, value in raw.items() if key != "shape"}
     quantised = QuantisationError(**raw["quantised"]) if raw["quantised"] else None
-    return LayerPlan(**(fields | {"scores": tuple(raw["scores"]), "quantised": quantised}))
+    return LayerPlan(
+        **(fields | {"scores": tuple(raw["scores"]), "theta": tuple(raw["theta"]), "quantised": quantised})
+    )
 
 
 def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
@@ -157,7 +167,7 @@ def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
 def save(
     plan: Plan, folder: Path, fingerprint: str, parents: Mapping[str, str], extra: Mapping[str, Any]
 ) -> artifact.Artifact:
-    """Write plan.json, factors.safetensors and spectra.safetensors.
+    """Write plan.json, factors.safetensors, spectra.safetensors and, in dual and contrast, weighed.safetensors.
 
     Raises:
         ResourceError: not enough space.
@@ -168,12 +178,14 @@ def save(
         for name, pair in pairs.items()
         for part, tensor in zip("AB", pair, strict=True)
     }
-    size = sum(4 * t.numel() for t in [*tensors.values(), *plan.spectra.values()])
+    size = sum(4 * t.numel() for t in [*tensors.values(), *plan.spectra.values(), *plan.weighed.values()])
     with artifact.writing(folder, "plan", fingerprint, parents, size) as (temporary, manifest):
         manifest.update(extra)
         artifact.write_json(temporary / "plan.json", plan.as_json())
         save_file(tensors, temporary / "factors.safetensors")
         save_file(dict(plan.spectra), temporary / "spectra.safetensors")
+        if plan.weighed:
+            save_file(dict(plan.weighed), temporary / WEIGHED)
     return artifact.read(folder, "plan", verify=False)
 
 
@@ -193,4 +205,5 @@ def load(found: artifact.Artifact) -> Plan:
     spectra = load_file(found.path("spectra.safetensors"))
     options = AdapterOptions(**raw["options"])
     notes = tuple(raw["warnings"])
-    return Plan(options, layers, pairs(""), spectra, notes, pairs("removed_"), pairs("correction_"))
+    weighed = load_file(found.path(WEIGHED)) if found.path(WEIGHED).is_file() else {}
+    return Plan(options, layers, pairs(""), spectra, notes, pairs("removed_"), pairs("correction_"), weighed)

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from corda.recipe import ExportOptions, Recipe
+from corda.options import ExportOptions
+from corda.recipe import Recipe
 
 if TYPE_CHECKING:
     from corda.models import Source
     from corda.plan.plan import Plan
 
-_NAMES = {"kpm": "CorDA, knowledge-preserved mode", "ipm": "CorDA, instruction-previewed mode", "lora": "LoRA"}
+_NAMES = {
+    "kpm": "CorDA, knowledge-preserved mode",
+    "ipm": "CorDA, instruction-previewed mode",
+    "dual": "CorDA, two contexts (dual)",
+    "contrast": "CorDA, two contexts (contrast)",
+    "lora": "LoRA",
+}
 
 
 def method_name(mode: str) -> str:

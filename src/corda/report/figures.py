@@ -19,7 +19,7 @@ Floats = NDArray[np.floating[Any]]
 Quantity = Literal["rank", "energy", "log_pi", "round"]
 
 COLOURS = ("#3f7fc1", "#d0642b", "#2a977b", "#a867a5", "#8a7d2c", "#7d7d7d")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 _SCALES = {
     "rank": [[0, "#c9d8e8"], [1, "#3a75b0"]],
@@ -40,12 +40,14 @@ class Run:
     Attributes:
         label: Its name on the page, unique there.
         results: The content of results.json.
-        spectra: Layer name -> singular values, ascending; empty for plain LoRA.
+        spectra: Layer name -> singular values, ascending; empty for plain LoRA and modes of two contexts.
+        weighed: For modes of two contexts, "LAYER.theta", "LAYER.task", "LAYER.knowledge" -> values, descending.
     """
 
     label: str
     results: Mapping[str, Any]
     spectra: Mapping[str, Floats] = field(default_factory=dict)
+    weighed: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ class Run:
 
     @property
     def mode(self) -> str:
-        """kpm, ipm or lora."""
+        """kpm, ipm, dual, contrast or lora."""
         return str(self.results["plan"]["mode"])
 
 
@@ -68,12 +70,12 @@ def training_curves(runs: Sequence[Run]) -> go.Figure:
         smooth = _running_mean(loss[:n], max(1, n // 15))
         keep = _spread(n, _CURVE_POINTS)
         colour, name = COLOURS[i % len(COLOURS)], html.escape(run.label)
-        line = {"color": colour, "width": 2.2, "dash": _DASHES[i % len(_DASHES)]}
+        line = {"color": colour, "width": 2.2, "dash": DASHES[i % len(DASHES)]}
         faint = {"color": colour, "width": 1}
         common = {"mode": "lines", "name": name, "legendgroup": name, "x": step[keep]}
         figure.add_scatter(**common, y=loss[keep], line=faint, opacity=0.35, showlegend=False, hoverinfo="skip")
         figure.add_scatter(**common, y=smooth[keep], line=line, hovertemplate="step %{x}: %{y:.3f}")
-    figure.update_layout(_layout(360))
+    figure.update_layout(layout(360))
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="training loss (nats/token)")
     return figure
@@ -89,7 +91,7 @@ def spectrum(runs: Sequence[Run]) -> go.Figure:
             name=f"{name}: frozen",
             meta="frozen",
             mode="lines",
-            line={"color": colour, "width": 1.6, "dash": _DASHES[order % len(_DASHES)]},
+            line={"color": colour, "width": 1.6, "dash": DASHES[order % len(DASHES)]},
             hovertemplate=hover,
         )
         figure.add_scatter(
@@ -99,7 +101,7 @@ def spectrum(runs: Sequence[Run]) -> go.Figure:
             marker={"color": colour, "size": 8, "symbol": f"{_SYMBOLS[i % len(_SYMBOLS)]}-open", "line": {"width": 2}},
             hovertemplate=hover,
         )
-    figure.update_layout(_layout(420))
+    figure.update_layout(layout(420))
     figure.update_xaxes(title="component (1: the smallest)")
     figure.update_yaxes(title="singular value", type="log", exponentformat="power", dtick=1, tickfont={"size": 10})
     return figure
@@ -178,7 +180,7 @@ def layer_map(run: Run, what: Quantity) -> go.Figure:
             colorbar=bar,
         )
     )
-    figure.update_layout(_layout(min(900, 130 + 12 * max(len(rows), 5))))
+    figure.update_layout(layout(min(900, 130 + 12 * max(len(rows), 5))))
     figure.update_xaxes(type="category", showgrid=False, zeroline=False, tickangle=-45)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False, title="block")
     return figure
@@ -213,7 +215,7 @@ def candidate_scores(run: Run) -> go.Figure:
     blocks = [block for block, _ in locate([layer["name"] for layer in run.layers])]
     starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
     starts = starts[:: -(-len(starts) // _TICKS)]
-    figure.update_layout(_layout(360), legend_itemsizing="constant")
+    figure.update_layout(layout(360), legend_itemsizing="constant")
     figure.update_xaxes(title="block", tickvals=starts, ticktext=[blocks[i] for i in starts])
     figure.update_yaxes(title="score above the lowest, %", rangemode="tozero")
     return figure
@@ -313,7 +315,8 @@ def _log(value: float) -> int | None:
     return round(_LOG_STEPS * math.log10(value)) if value > 0 and math.isfinite(value) else None
 
 
-def _layout(height: int) -> dict[str, Any]:
+def layout(height: int) -> dict[str, Any]:
+    """What all figures of the page have in common; height in pixels."""
     clear = "rgba(0,0,0,0)"
     axis = {"automargin": True, "zeroline": False}
     return {

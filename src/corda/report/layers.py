@@ -15,6 +15,7 @@ from corda.report import figures
 from corda.report.figures import Run, percent
 from corda.report.html import cell, data, figure, row, section, table, write_document
 from corda.report.table import short_name
+from corda.report.weighed import weighed_section
 
 _ROWS = 400  # of all layer tables of a page together
 _FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -27,6 +28,10 @@ _FACTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "solver": lambda layer: str(layer["solver"]),
     "‖A‖/‖B‖": lambda layer: f"{layer['norm_ratio']:.3g}",
     "dead": lambda layer: str(layer["dead"]),
+}
+_WEIGHED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "task energy adapted": lambda layer: percent(layer["task_energy"]),
+    "θ": lambda layer: " … ".join(f"{value:.3g}" for value in layer["theta"]) or "–",
 }
 _SURVEYED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "log π": lambda layer: "–" if layer["log_pi"] is None else f"{layer['log_pi']:.2f}",
@@ -46,7 +51,8 @@ def write_plan_page(folder: Path, plan: Mapping[str, Any], path: Path) -> None:
     Raises:
         ResourceError: no space, or it cannot be written.
     """
-    run = Run(short_name({"plan": plan}), {"plan": plan}, load_file(folder / "spectra.safetensors"))
+    values = (load_file(file) if file.is_file() else {} for file in spectra_files(folder))
+    run = Run(short_name({"plan": plan}), {"plan": plan}, *values)
     title = escape(f"Plan of {folder.resolve().parent.name}: {run.label}")
     warnings = "".join(f"<li>{escape(text)}</li>" for text in plan["warnings"])
     options = yaml.safe_dump({"adapter": plan["options"]}, sort_keys=False, allow_unicode=True, width=100)
@@ -56,10 +62,16 @@ def write_plan_page(folder: Path, plan: Mapping[str, Any], path: Path) -> None:
         "<code>corda plan RECIPE --save-ranks FILE</code> writes and set <code>adapter.ranks: FILE</code>.</p>",
         layers_section([run]),
         spectra_section([run]),
+        weighed_section([run]),
         section("Warnings", f"<ul>{warnings}</ul>" if warnings else "<p>None.</p>"),
         section("Options", f"<pre>{escape(options)}</pre>"),
     ]
     write_document(path, title, body)
+
+
+def spectra_files(plan: Path) -> tuple[Path, Path]:
+    """Where a plan's spectra are, and those of a mode of two contexts; either may be missing."""
+    return plan / "spectra.safetensors", plan / "weighed.safetensors"
 
 
 def spectra_section(runs: Sequence[Run]) -> str:
@@ -96,7 +108,8 @@ def layers_section(runs: Sequence[Run]) -> str:
             caption = "Score of each round's covariance, above the lowest of its layer; large markers: taken"
             parts.append(figure(f"scores{i}", figures.candidate_scores(run), caption))
         surveyed = any(layer.get("log_pi") is not None for layer in run.layers)
-        columns = _FACTS | (_SURVEYED if surveyed else {})
+        weighed = any(layer.get("theta") for layer in run.layers)
+        columns = _FACTS | (_WEIGHED if weighed else {}) | (_SURVEYED if surveyed else {})
         rows = [
             row(layer["name"], [cell(escape(show(layer))) for show in columns.values()])
             for layer in run.layers[: _ROWS // len(runs)]

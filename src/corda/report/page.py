@@ -16,10 +16,12 @@ from safetensors.numpy import load_file
 
 from corda.errors import ArtifactError
 from corda.report import figures
+from corda.report.drift import drift_section
 from corda.report.figures import Run
 from corda.report.html import cell, figure, row, section, table, write_document
-from corda.report.layers import layers_section, spectra_section
+from corda.report.layers import layers_section, spectra_files, spectra_section
 from corda.report.table import short_name
+from corda.report.weighed import weighed_section
 
 _SAMPLES, _TEXT = 12, 1200  # shown per task, characters of each text
 _STAGES = ("collect", "plan", "before", "train", "after", "export")
@@ -79,10 +81,9 @@ def _read(folders: Sequence[Path]) -> list[Run]:
         names = [f"{name} ({folder.resolve().name})" for name, folder in zip(names, folders, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} {i}" for i, name in enumerate(names, 1)]
-    spectra = [folder / "plan" / "spectra.safetensors" for folder in folders]
     return [
-        Run(name, result, load_file(file) if file.is_file() else {})
-        for name, result, file in zip(names, results, spectra, strict=True)
+        Run(name, result, *(load_file(file) if file.is_file() else {} for file in spectra_files(folder / "plan")))
+        for name, result, folder in zip(names, results, folders, strict=True)
     ]
 
 
@@ -97,7 +98,9 @@ def _body(runs: Sequence[Run], title: str) -> list[str]:
         section(
             "Training", figure("training", figures.training_curves(runs), "Faint: as logged; strong: running mean")
         ),
+        drift_section(runs),
         spectra_section(runs),
+        weighed_section(runs),
         layers_section(runs),
         _answers(runs),
         section("Warnings", *[_warnings(run) for run in runs]),

@@ -14,7 +14,13 @@ _LABELS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy %",
 }
-_SHORT = {"kpm": "CorDA-KPM", "ipm": "CorDA-IPM", "lora": "LoRA"}
+_SHORT = {
+    "kpm": "CorDA-KPM",
+    "ipm": "CorDA-IPM",
+    "dual": "CorDA-dual",
+    "contrast": "CorDA-contrast",
+    "lora": "LoRA",
+}
 _PERCENT = {"exact_match", "accuracy"}
 
 
@@ -61,7 +67,8 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for column in ("rank", "budget %", "energy %"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, layer in zip(names, plan["layers"], strict=True):
-        share = 100 * sum(layer["shape"]) * layer["rank"] / plan["trainable_parameters"]
+        d_out, d_in = layer["shape"]
+        share = 100 * (d_out + d_in * layer["train_a"]) * layer["rank"] / plan["trainable_parameters"]
         floor = "*" if layer["floor_decided"] else ""
         table.add_row(
             name,
@@ -77,8 +84,9 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 def context_table(facts: Mapping[str, Any]) -> Table:
     """A context's facts, a row per distinct input; where rounds differ, their mean or the least and the most."""
+    inputs = len({one["group"] for one in facts["inputs"]})
     rounds = "1 round" if facts["rounds"] == 1 else f"{facts['rounds']} rounds"
-    table = _table(f"Context, {rounds}, {facts['layers']} layers, {len(facts['inputs'])} distinct inputs")
+    table = _table(f"Context, {rounds}, {facts['layers']} layers, {inputs} distinct inputs")
     table.caption = (
         f"tr C / d: mean diagonal; eff. rank: (tr C)² / ‖C‖², between 1 and the width\n{kept_sentence(facts['kept'])}"
     )
@@ -88,7 +96,7 @@ def context_table(facts: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for name, one in zip(names, facts["inputs"], strict=True):
         table.add_row(
-            name,
+            f"{name} ({one['side']})" if one["side"] else name,
             str(len(one["layers"])),
             str(one["d_in"]),
             _span(one["tokens"], "{:,}"),
