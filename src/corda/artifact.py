@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -279,12 +280,20 @@ def make_folder(folder: Path) -> None:
 
 
 def copy(found: Artifact, folder: Path) -> Artifact:
-    """The same artifact at another place."""
+    """The same artifact at another place; on one disk its files are shared, not doubled: they never change."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
-    shutil.copytree(found.folder, temporary, dirs_exist_ok=True)
+    shutil.copytree(found.folder, temporary, dirs_exist_ok=True, copy_function=_linked)
     disk.sync_tree(temporary)
     _replace(temporary, folder)
     return read(folder, found.kind, verify=False)
+
+
+def _linked(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -47,7 +47,7 @@ def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Pat
     Args:
         recipe: What to do.
         progress: Shows how far each stage is.
-        reuse_from: Other runs' folders whose scores of the same base may be taken over.
+        reuse_from: Other runs' folders whose context, plan and scores of the base may be taken over where they fit.
 
     Returns:
         The content of results.json.
@@ -95,7 +95,7 @@ class Stages:
         """Covariances of the calibration data; None for plain LoRA without a drift meter."""
         if not self.recipe.context_sources() or self._context is not None:
             return self._context
-        found = self._reusable("context")
+        found = self._reusable("context", *self.reuse_from)
         if found is not None:
             discard(self.folder / "context.partial")
         else:
@@ -132,7 +132,7 @@ class Stages:
         """Ranks, spectra and initial factors."""
         if self._plan is not None:
             return self._plan
-        found = self._reusable("plan")
+        found = self._reusable("plan", *self.reuse_from)
         if found is not None:
             discard(self.folder / "plan.partial")
         else:

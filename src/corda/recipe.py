@@ -52,11 +52,21 @@ class DataSource(Strict):
         default_factory=dict, description="mapping from a format's field to your column, e.g. {question: q}"
     )
     max_records: PositiveInt | None = Field(None, description="use at most this many, drawn with the run's seed")
+    part: tuple[int, int] | None = Field(
+        None, description="use only records [from, to) of one fixed random order: the same ones for every seed"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: object) -> object:
         return {"dataset": value} if isinstance(value, str) else value
+
+    @field_validator("part")
+    @classmethod
+    def _not_empty(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1]:
+            raise ValueError("a part is [from, to) with 0 <= from < to")
+        return value
 
 
 class DataOptions(Strict):

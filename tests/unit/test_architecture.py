@@ -32,7 +32,7 @@ RANKS = [
     {"inputs"},
     {"bases", "results"},
     {"pipeline", "drafting", "chatting"},
-    {"demo"},
+    {"demo", "comparing"},
     {"cli"},
 ]
 

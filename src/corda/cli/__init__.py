@@ -3,7 +3,7 @@
 # Verbs stand in --help in the order of these imports.
 from corda.cli import beginning  # isort: skip
 from corda.cli import stages  # isort: skip
-from corda.cli import exports, inspecting, chat  # isort: skip
+from corda.cli import comparing, exports, inspecting, chat  # isort: skip
 from corda.cli.app import app, main
 
-__all__ = ["app", "beginning", "chat", "exports", "inspecting", "main", "stages"]
+__all__ = ["app", "beginning", "chat", "comparing", "exports", "inspecting", "main", "stages"]

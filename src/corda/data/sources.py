@@ -37,6 +37,8 @@ def local_file(source: DataSource, data_dir: Path | None) -> Path | None:
 def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """All records of a source as dicts; with `max_records` a sample drawn with `seed`, in the order drawn.
 
+    A `part` is taken first, of an order that depends on no seed.
+
     Raises:
         DataError: missing, empty or malformed (with the line), or the Hub cannot be reached.
     """
@@ -44,6 +46,16 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
     records = _from_hub(source) if path is None else _from_file(path)
     if not records:
         raise DataError("the data set is empty", where=source.dataset, expected="at least one record")
+    if source.part is not None:
+        order = random.Random(0).sample(records, len(records))
+        if source.part[1] > len(records):
+            raise DataError(
+                "the part goes beyond the data",
+                where=source.dataset,
+                got=f"part {list(source.part)}",
+                expected=f"at most {len(records)} records",
+            )
+        records = order[slice(*source.part)]
     if source.max_records is not None and source.max_records < len(records):
         records = random.Random(seed).sample(records, source.max_records)
     return records
@@ -52,11 +64,12 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
 def identity(source: DataSource, data_dir: Path | None, seed: int) -> dict[str, Any]:
     """What a source's records depend on: its settings and, for a local file, the file's bytes."""
     path = local_file(source, data_dir)
+    drawn = {"seed": seed} if source.max_records is not None else {}
     if path is None:
-        return source.model_dump(mode="json") | {"seed": seed}
+        return source.model_dump(mode="json") | drawn
     # The content counts, not where it lies.
-    settings = source.model_dump(mode="json", include={"format", "columns", "max_records"})
-    return settings | {"seed": seed, "sha256": artifact.file_hash(path)}
+    settings = source.model_dump(mode="json", include={"format", "columns", "max_records", "part"})
+    return settings | drawn | {"sha256": artifact.file_hash(path)}
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:

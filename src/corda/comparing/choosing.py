@@ -1,0 +1,87 @@
+"""Which learning rate a method is judged by: the best on the development split, which must lie inside its grid."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from corda.comparing.fronts import sign
+
+Setting = tuple[float, tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method's best setting.
+
+    Attributes:
+        learning_rate: Of the lowest mean development loss over seeds.
+        variant: The other settings chosen with it.
+        inside: No end of the grid, so that the best rate is known to be bracketed.
+        end: "low", "high" or "" where it is inside.
+        development: The mean at each rate of the chosen variant, rate -> value.
+    """
+
+    learning_rate: float
+    variant: tuple[tuple[str, Any], ...]
+    inside: bool
+    end: str
+    development: Mapping[float, float]
+
+
+def choose(runs: Sequence[Mapping[str, Any]], development: str) -> Choice | None:
+    """The setting with the best mean on the development split; diverged runs count as infinitely bad.
+
+    Args:
+        runs: Those of one method.
+        development: task/metric.
+    """
+    losses: dict[Setting, list[float]] = defaultdict(list)
+    for run in runs:
+        if run["status"] not in {"done", "diverged"}:
+            continue
+        after = run["scores"].get("after", {}).get(development)
+        value = sign(development) * after["value"] if run["status"] == "done" and after else math.inf
+        losses[run["learning_rate"], tuple(sorted(run["variant"].items()))].append(value)
+    means = {setting: sum(values) / len(values) for setting, values in losses.items()}
+    if not means or not any(math.isfinite(mean) for mean in means.values()):
+        return None
+    rate, variant = min(means, key=lambda setting: (means[setting], setting[0]))
+    own = {r: mean for (r, v), mean in sorted(means.items(), key=lambda item: item[0][0]) if v == variant}
+    rates = sorted(own)
+    end = "low" if rate == rates[0] else "high" if rate == rates[-1] else ""
+    return Choice(rate, variant, not end, end, {r: sign(development) * own[r] for r in rates})
+
+
+def further(rates: Sequence[float], end: str) -> float:
+    """The next rate beyond one end of a grid, a step of the grid away (at most 3 x)."""
+    ordered = sorted(rates)
+    one, two = (ordered[0], ordered[1]) if end == "low" else (ordered[-2], ordered[-1])
+    step = min(two / one, 3.0)
+    return float(f"{ordered[0] / step if end == 'low' else ordered[-1] * step:.3g}")
+
+
+def smoothed(losses: Sequence[float], window: int) -> list[float]:
+    """Mean over the last `window` values at each place; shorter at the start."""
+    return [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+
+
+def steps_to_reach(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """When a run's training loss falls below the final one of another run with the same batches.
+
+    Both are smoothed over a tenth of the steps. Only places with a whole window count.
+
+    Returns:
+        steps (None where it does not), of (the reference's steps), share, and the loss to reach.
+    """
+    window = max(1, len(reference["curve"]["loss"]) // 10)
+    target = smoothed(reference["curve"]["loss"], window)[-1]
+    own = smoothed(run["curve"]["loss"], window)
+    total = reference["curve"]["step"][-1]
+    for step, loss in list(zip(run["curve"]["step"], own, strict=True))[window - 1 :]:
+        if loss <= target:
+            return {"steps": step, "of": total, "share": step / total, "loss": target}
+    return {"steps": None, "of": total, "share": None, "loss": target}

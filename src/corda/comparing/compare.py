@@ -1,0 +1,175 @@
+"""`corda compare`: run a study's cells in the order of its priority list, then say what they show."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+from corda import artifact
+from corda.comparing import fairness
+from corda.comparing.cell import finished, finite, run_cell
+from corda.comparing.choosing import choose, further
+from corda.comparing.conclusions import conclusions
+from corda.comparing.fronts import retained
+from corda.comparing.methods import method
+from corda.comparing.study import Cell, Study, cells
+from corda.progress import Progress, silent
+from corda.report.comparison import write_comparison
+
+COMPARISON, PAGE = "comparison.json", "comparison.html"
+
+
+def compare(
+    study: Study, *, progress: Progress = silent, announce: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Run what is not there yet, as far as the minutes reach, and write comparison.json and comparison.html.
+
+    Args:
+        study: What to compare; refused where the comparison would not be fair.
+        progress: Shows how far each stage is, where cells run one after the other.
+        announce: Told of every cell.
+
+    Returns:
+        The content of comparison.json.
+
+    Raises:
+        CordaError: the study is unfair or a recipe is wrong, before anything runs.
+    """
+    facts = fairness.check(study)
+    artifact.make_folder(study.output_dir)
+    started = time.perf_counter()
+
+    def in_time() -> bool:
+        return study.minutes is None or time.perf_counter() - started < 60 * study.minutes
+
+    reference = facts["trainable_parameters"]
+    todo = cells(study)
+    results = dict(_run(study, todo, reference, in_time, progress, announce))
+    for _ in range(study.extensions):
+        more = _extensions(study, results)
+        if not more or not in_time():
+            break
+        todo += more
+        results |= dict(_run(study, more, reference, in_time, progress, announce))
+    return write(study, todo, results, facts)
+
+
+def write(study: Study, todo: Sequence[Cell], results: dict[Cell, dict[str, Any]], facts: Any) -> dict[str, Any]:
+    """comparison.json and the page, from the results that are there."""
+    runs = [results[cell] for cell in todo if cell in results]
+    where = artifact.provenance()
+    comparison: dict[str, Any] = {
+        "schema": artifact.SCHEMA,
+        "study": study.model_dump(mode="json", exclude={"output_dir", "base", "overrides"}),
+        "recipe": _without_places(fairness.shared_settings(study)),
+        "labels": {name: method(entry.method).label for name, entry in study.methods.items()},
+        "layers": facts["layers"],
+        "trainable_parameters": facts["trainable_parameters"],
+        "runs": [_published(study, run) for run in runs],
+        "empty": [cell.id for cell in todo if cell not in results],
+        "conclusions": conclusions(study, runs),
+        "device": where["device"],
+        "provenance": where,
+    }
+    comparison = finite(comparison)
+    artifact.write_json(study.output_dir / COMPARISON, comparison)
+    write_comparison(comparison, study.output_dir / PAGE)
+    return comparison
+
+
+def gathered(study: Study) -> dict[str, Any]:
+    """What `compare` would write now, from the cells that are done; runs nothing."""
+    facts = fairness.check(study)
+    todo = cells(study)
+    results = {cell: known for cell in todo if (known := finished(study, cell)) is not None}
+    for _ in range(study.extensions):
+        more = [cell for cell in _extensions(study, results) if cell not in results]
+        results |= {cell: known for cell in more if (known := finished(study, cell)) is not None}
+        todo += [cell for cell in more if cell in results]
+    return write(study, todo, results, facts)
+
+
+def _run(
+    study: Study,
+    todo: Sequence[Cell],
+    reference: int,
+    in_time: Callable[[], bool],
+    progress: Progress,
+    announce: Callable[[str], None],
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Cells with their results; those that the minutes do not reach are left out."""
+    open_: list[Cell] = []
+    for cell in todo:
+        known = finished(study, cell)
+        if known is None:
+            open_.append(cell)
+        else:
+            yield cell, known
+    if len(study.devices) == 1:
+        for number, cell in enumerate(open_, 1):
+            if not in_time():
+                announce(f"out of time: {len(open_) - number + 1} cells stay empty")
+                return
+            announce(f"[{number}/{len(open_)}] {cell.id}")
+            yield cell, run_cell(study, cell, device=study.devices[0], reference=reference, progress=progress)
+    else:
+        yield from _side_by_side(study, open_, reference, in_time, announce)
+
+
+def _side_by_side(
+    study: Study, todo: Iterable[Cell], reference: int, in_time: Callable[[], bool], announce: Callable[[str], None]
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """One process a device; each takes the next cell when it is free."""
+    free, waiting = list(study.devices), iter(todo)
+    running: dict[Future[dict[str, Any]], tuple[Cell, str]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(free), mp_context=context) as pool:
+        while True:
+            while free and in_time() and (cell := next(waiting, None)) is not None:
+                device = free.pop()
+                announce(f"{cell.id} on {device}")
+                running[pool.submit(_in_process, study, cell, device, reference)] = (cell, device)
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                cell, device = running.pop(future)
+                free.append(device)
+                yield cell, future.result()
+
+
+def _in_process(study: Study, cell: Cell, device: str, reference: int) -> dict[str, Any]:
+    return run_cell(study, cell, device=device, reference=reference)
+
+
+def _extensions(study: Study, results: dict[Cell, dict[str, Any]]) -> list[Cell]:
+    """One more rate for every method whose best rate is at an end of what was run."""
+    more = []
+    for name in study.methods:
+        own = [cell for cell in results if cell.name == name]
+        if {cell.learning_rate for cell in own if not cell.extension} != set(study.rates(name)):
+            continue  # the grid itself is not run yet
+        best = choose([results[cell] for cell in own], study.development)
+        if best is None or best.inside:
+            continue
+        rate = further([cell.learning_rate for cell in own], best.end)
+        seeds = sorted({cell.seed for cell in own}, key=study.seeds.index)
+        more += [Cell(name, rate, seed, best.variant, extension=True) for seed in seeds]
+    return more
+
+
+def _published(study: Study, run: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's results without what only conclusions need, with what is retained of each kept score."""
+    kept = {k: v for k, v in run.items() if k not in {"influence", "fingerprint"}}
+    after, before = run["scores"].get("after", {}), run["scores"].get("before", {})
+    share = {m: retained(m, before[m]["value"], after[m]["value"]) for m in study.keep if m in after}
+    return kept | {"retained": share}
+
+
+def _without_places(raw: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without the folder of this machine's data."""
+    data = {k: v for k, v in raw.get("data", {}).items() if k != "data_dir"}
+    return raw | {"data": data}

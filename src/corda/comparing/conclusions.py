@@ -1,0 +1,106 @@
+"""What a study's runs show: best rates, fronts, differences at equal task loss, steps to the reference's loss."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from corda.comparing.choosing import Choice, choose, steps_to_reach
+from corda.comparing.fronts import Point, compared, front, points, retained
+from corda.comparing.study import Study
+
+Runs = Sequence[Mapping[str, Any]]
+
+
+def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
+    """Everything that the page says, as plain JSON.
+
+    Returns:
+        best: method -> chosen rate, whether it is inside the grid, scores and retained % there;
+        fronts: keep metric -> method -> points of the front over all seeds;
+        differences: keep metric -> method -> against the reference, see `fronts.compared`;
+        steps: method -> steps to reach the reference's final training loss, seed by seed.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        by_method[run["method"]].append(run)
+    chosen = {name: choose(own, study.development) for name, own in by_method.items()}
+    return {
+        "best": {name: _best(study, by_method[name], choice) for name, choice in chosen.items()},
+        "fronts": {
+            keep: {
+                name: [[p.learn, p.rise, p.rate] for p in front(points(own, study.learn, keep))]
+                for name, own in by_method.items()
+            }
+            for keep in study.keep
+        },
+        "differences": {keep: _differences(study, by_method, keep) for keep in study.keep},
+        "steps": _steps(study, by_method, chosen),
+        "diverged": [_name(run) for run in runs if run["status"] == "diverged"],
+        "unavailable": {_name(run): run["reason"] for run in runs if run["status"] == "unavailable"},
+    }
+
+
+def _best(study: Study, runs: Runs, choice: Choice | None) -> dict[str, Any]:
+    if choice is None:
+        return {"learning_rate": None, "inside": False, "why": "no run of it ended well"}
+    own = [run for run in runs if _is(run, choice) and run["status"] == "done"]
+    scores: dict[str, Any] = {}
+    for metric in [study.learn, *study.keep]:
+        values = [run["scores"]["after"][metric]["value"] for run in own]
+        before = own[0]["scores"]["before"][metric]["value"]
+        scores[metric] = {
+            "mean": sum(values) / len(values),
+            "seeds": values,
+            "stderr_records": own[0]["scores"]["after"][metric]["stderr"],
+            "base": before,
+            "retained": sum(retained(metric, before, value) for value in values) / len(values),
+        }
+    return {
+        "learning_rate": choice.learning_rate,
+        "variant": dict(choice.variant),
+        "inside": choice.inside,
+        "development": {f"{rate:g}": value for rate, value in choice.development.items()},
+        "scores": scores,
+        "trainable_parameters": own[0]["trainable_parameters"],
+        "train_seconds": sum(run["timing"]["train"] for run in own) / len(own),
+        "start_seconds": sum(run["timing"].get("collect", 0) + run["timing"].get("plan", 0) for run in own) / len(own),
+        "peak_bytes": max(run["memory"].get("train", 0) for run in own),
+    }
+
+
+def _differences(study: Study, by_method: Mapping[str, Runs], keep: str) -> dict[str, Any]:
+    reference = _by_seed(by_method.get(study.reference, ()), study.learn, keep)
+    return {
+        name: compared(_by_seed(own, study.learn, keep), reference)
+        for name, own in by_method.items()
+        if name != study.reference
+    }
+
+
+def _by_seed(runs: Runs, learn: str, keep: str) -> dict[int, list[Point]]:
+    seeds: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for run in runs:
+        seeds[run["seed"]].append(run)
+    return {seed: points(own, learn, keep) for seed, own in seeds.items()}
+
+
+def _steps(study: Study, by_method: Mapping[str, Runs], chosen: Mapping[str, Choice | None]) -> dict[str, Any]:
+    best = chosen.get(study.reference)
+    if best is None:
+        return {}
+    references = {run["seed"]: run for run in by_method[study.reference] if _is(run, best) and run["status"] == "done"}
+    found: dict[str, Any] = {}
+    for name, choice in chosen.items():
+        own = [r for r in by_method[name] if choice and _is(r, choice) and r["status"] == "done"]
+        found[name] = {str(r["seed"]): steps_to_reach(r, references[r["seed"]]) for r in own if r["seed"] in references}
+    return found
+
+
+def _is(run: Mapping[str, Any], choice: Choice) -> bool:
+    return bool(run["learning_rate"] == choice.learning_rate and run["variant"] == dict(choice.variant))
+
+
+def _name(run: Mapping[str, Any]) -> str:
+    return f"{run['method']}, learning rate {run['learning_rate']:g}, seed {run['seed']}"

@@ -1,0 +1,179 @@
+"""The page of a comparison, from comparison.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from corda.report.front import convergence, costs, learning_forgetting
+from corda.report.html import cell, figure, row, section, table, write_document
+
+
+def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
+    """Write the page; it appears whole or not at all.
+
+    Raises:
+        ResourceError: no space.
+    """
+    name = str(comparison["recipe"].get("model", {}).get("model_name_or_path", "the base"))
+    title = escape(f"{len(comparison['labels'])} methods on {name}")
+    study = comparison["study"]
+    done = sum(run["status"] == "done" for run in comparison["runs"])
+    facts = (
+        f"{done} runs, {len(comparison['conclusions']['diverged'])} diverged, "
+        f"{len(comparison['empty'])} cells not run; "
+        f"{comparison['trainable_parameters']:,} trainable parameters; calibration never saw "
+        f"{', '.join(study['unseen'])}; rates chosen on {study['development']}; device {comparison['device']}."
+    )
+    fronts = [
+        figure(
+            f"front-{number}",
+            learning_forgetting(comparison, keep),
+            "Every run is a point, with the standard error over records (paired with base); a line is a method's "
+            "front: runs that no other one of it beats on both sides. Lower left is better.",
+        )
+        for number, keep in enumerate(study["keep"])
+    ]
+    body = [
+        f"<h1>{title}</h1>",
+        f'<p class="quiet">{escape(facts)}</p>',
+        section("Best rate of each method", _best(comparison)),
+        section("Learning and forgetting", *fronts),
+        section("Forgetting at equal task loss", *[_differences(comparison, keep) for keep in study["keep"]]),
+        section(
+            "Convergence",
+            figure("convergence", convergence(comparison), "At each method's best rate; running mean, over seeds"),
+            _steps(comparison),
+        ),
+        section("Time and memory", figure("costs", costs(comparison), "Mean over seeds"), _memory(comparison)),
+        section("Every run", _runs(comparison)),
+        section("What was asked", _asked(comparison)),
+    ]
+    write_document(path, title, body)
+
+
+def _best(comparison: Mapping[str, Any]) -> str:
+    study = comparison["study"]
+    metrics = [study["learn"], *study["keep"]]
+    rows = []
+    for name, best in comparison["conclusions"]["best"].items():
+        if "scores" not in best:
+            rows.append(row(comparison["labels"][name], [cell(escape(best["why"])), *[cell("")] * (len(metrics) + 1)]))
+            continue
+        mark = "" if best["inside"] else " (end of grid)"
+        cells = [cell(f"{best['learning_rate']:g}{mark}"), cell(str(len(best["scores"][metrics[0]]["seeds"])))]
+        for metric in metrics:
+            score = best["scores"][metric]
+            kept = f" ({score['retained']:.1f} %)" if metric != study["learn"] else ""
+            cells.append(cell(f"{score['mean']:.4g}{kept}"))
+        rows.append(row(comparison["labels"][name], cells))
+    note = (
+        "<p>In brackets what is retained of the base: of losses the probability per token, of other scores the score. "
+        "Where the best rate is at the end of its grid, a better one may lie beyond, and nothing follows from it.</p>"
+    )
+    return note + table(["method", "learning rate", "seeds", *metrics], rows)
+
+
+def _differences(comparison: Mapping[str, Any], keep: str) -> str:
+    reference = comparison["labels"][comparison["study"]["reference"]]
+    rows = []
+    for name, found in comparison["conclusions"]["differences"][keep].items():
+        label = comparison["labels"][name]
+        if "why" in found:
+            rows.append(row(label, [cell(escape(found["why"])), *[cell("")] * 4]))
+            continue
+        ratio = f"{found['ratio']:.2f}" if found["ratio"] is not None else "–"
+        rows.append(
+            row(
+                label,
+                [
+                    cell(f"{found['difference']:+.4f}"),
+                    cell(f"{found['low']:+.4f} to {found['high']:+.4f}"),
+                    cell(ratio),
+                    cell(f"{found['from']:.4g} to {found['to']:.4g}"),
+                    cell(str(found["seeds"])),
+                ],
+            )
+        )
+    head = [
+        keep,
+        f"forgets more than {reference} by",
+        "95 %",
+        "ratio of the rises",
+        "over task scores",
+        "seeds",
+    ]
+    return table(head, rows)
+
+
+def _steps(comparison: Mapping[str, Any]) -> str:
+    reference = comparison["labels"][comparison["study"]["reference"]]
+    rows = []
+    for name, seeds in comparison["conclusions"]["steps"].items():
+        text = ", ".join(f"{s['steps'] if s['steps'] is not None else 'not'} of {s['of']}" for s in seeds.values())
+        rows.append(row(comparison["labels"][name], [cell(text or "–")]))
+    return table(["method", f"steps to reach the final training loss of {reference}, seed by seed"], rows)
+
+
+def _memory(comparison: Mapping[str, Any]) -> str:
+    rows = [
+        row(
+            comparison["labels"][name],
+            [
+                cell(f"{best['trainable_parameters']:,}"),
+                cell(f"{best['start_seconds']:.1f}"),
+                cell(f"{best['train_seconds']:.1f}"),
+                cell(f"{best['peak_bytes'] / 1e9:.2f}"),
+            ],
+        )
+        for name, best in comparison["conclusions"]["best"].items()
+        if "scores" in best
+    ]
+    return table(["method", "trainable parameters", "start, s", "training, s", "peak memory in training, GB"], rows)
+
+
+def _runs(comparison: Mapping[str, Any]) -> str:
+    study = comparison["study"]
+    metrics = [study["learn"], *study["keep"]]
+    rows = []
+    for run in comparison["runs"]:
+        after = run["scores"].get("after", {})
+        values = [f"{after[m]['value']:.4g} ± {after[m]['stderr']:.2g}" if m in after else "–" for m in metrics]
+        status = run["status"] if run["status"] != "unavailable" else f"unavailable: {run['reason']}"
+        cells = [f"{run['learning_rate']:g}", str(run["seed"]), escape(status), *values]
+        rows.append(row(comparison["labels"][run["method"]], [cell(text) for text in cells]))
+    empty = comparison["empty"]
+    rest = f"<p>Not run: {escape(', '.join(empty))}.</p>" if empty else ""
+    return table(["method", "learning rate", "seed", "status", *metrics], rows) + rest
+
+
+def _asked(comparison: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump({"study": comparison["study"], "recipe": comparison["recipe"]}, sort_keys=False)
+    where = json.dumps(comparison["provenance"], indent=1)
+    return f"<details><summary>Study, recipe and versions</summary><pre>{escape(text)}{escape(where)}</pre></details>"
+
+
+def best_table(comparison: Mapping[str, Any]) -> Table:
+    """For the terminal: every method at its best rate."""
+    study = comparison["study"]
+    metrics = [study["learn"], *study["keep"]]
+    made = Table(title="Each method at its best rate, mean over seeds", title_justify="left")
+    made.add_column("method")
+    for column in ("rate", "seeds", *metrics):
+        made.add_column(column, justify="right")
+    for name, best in comparison["conclusions"]["best"].items():
+        if "scores" not in best:
+            made.add_row(comparison["labels"][name], "–", "0", *["–"] * len(metrics))
+            continue
+        scores = [best["scores"][metric] for metric in metrics]
+        texts = [f"{s['mean']:.4g}" + (f" ({s['retained']:.1f} %)" if i else "") for i, s in enumerate(scores)]
+        rate = f"{best['learning_rate']:g}" + ("" if best["inside"] else "*")
+        made.add_row(comparison["labels"][name], rate, str(len(scores[0]["seeds"])), *texts)
+    made.caption = "In brackets what is retained of the base. * at the end of the grid: nothing follows from it"
+    return made

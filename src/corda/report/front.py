@@ -1,0 +1,146 @@
+"""Figures of a comparison: the learning-forgetting front, convergence, cost; page.js sets text and grid colours."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLOURS = (
+    *("#3f7fc1", "#d0642b", "#2a977b", "#a867a5", "#8a7d2c", "#7d7d7d", "#c14f6d", "#4b4fa8"),
+    *("#5f9e2f", "#b08a52", "#2f9eb3", "#8c4a2f"),
+)
+_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "pentagon")
+_LABELS = {"answer_loss": "loss, nats per token", "perplexity": "perplexity", "exact_match": "exact match"}
+_WINDOW = 10  # a tenth of the steps
+
+
+def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
+    """Every run a point: the task's score on x, the retained set's change on y; lines join each method's front."""
+    figure = go.Figure()
+    learn = comparison["study"]["learn"]
+    for number, (name, label) in enumerate(comparison["labels"].items()):
+        runs = [r for r in comparison["runs"] if r["method"] == name and keep in r["scores"].get("after", {})]
+        style = {"color": colour(number), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
+        shared = {"legendgroup": name, "name": html.escape(label)}
+        if runs:
+            after = [run["scores"]["after"] for run in runs]
+            rises = [_rise(run, keep) for run in runs]
+            error = {"array": [run["change"][keep]["stderr"] for run in runs], "thickness": 1, "width": 2}
+            hover = [
+                f"{html.escape(label)}<br>learning rate {run['learning_rate']:g}, seed {run['seed']}, "
+                f"{run['status']}<br>"
+                f"{html.escape(keep)}: {run['scores']['after'][keep]['value']:.4g}, base "
+                f"{run['scores']['before'][keep]['value']:.4g}, {run['retained'][keep]:.1f} % retained"
+                for run in runs
+            ]
+            figure.add_scatter(
+                **shared,
+                x=[scores[learn]["value"] for scores in after],
+                y=rises,
+                error_y=error,
+                mode="markers",
+                marker=style,
+                text=hover,
+                hovertemplate="%{text}<extra></extra>",
+            )
+        points = comparison["conclusions"]["fronts"][keep].get(name, [])
+        if len(points) > 1:
+            turned = -1 if _more_is_better(learn) else 1
+            figure.add_scatter(
+                **shared,
+                x=[turned * point[0] for point in points],
+                y=[point[1] for point in points],
+                mode="lines",
+                line={"color": colour(number), "width": 1.6},
+                showlegend=False,
+                hoverinfo="skip",
+            )
+    figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
+    figure.update_layout(_layout(460))
+    figure.update_xaxes(title=f"{_axis(learn)} after training")
+    sense = "fall" if _more_is_better(keep) else "rise"
+    figure.update_yaxes(title=f"{sense} of {_axis(keep)} against base")
+    return figure
+
+
+def convergence(comparison: Mapping[str, Any]) -> go.Figure:
+    """Training loss at each method's best rate, mean over seeds, smoothed over a tenth of the steps."""
+    figure = go.Figure()
+    for number, (name, label) in enumerate(comparison["labels"].items()):
+        best = comparison["conclusions"]["best"].get(name, {})
+        runs = [
+            run
+            for run in comparison["runs"]
+            if run["method"] == name and run["learning_rate"] == best.get("learning_rate") and run["status"] == "done"
+        ]
+        if not runs:
+            continue
+        n = min(len(run["curve"]["loss"]) for run in runs)
+        window = max(1, n // _WINDOW)
+        means = [sum(run["curve"]["loss"][i] for run in runs) / len(runs) for i in range(n)]
+        smooth = [sum(means[i - window + 1 : i + 1]) / window for i in range(window - 1, n)]
+        figure.add_scatter(
+            x=runs[0]["curve"]["step"][window - 1 : n],
+            y=smooth,
+            mode="lines",
+            name=html.escape(f"{label}, {best['learning_rate']:g}"),
+            line={"color": colour(number), "width": 2},
+            hovertemplate="step %{x}: %{y:.3f}",
+        )
+    figure.update_layout(_layout(400))
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="training loss, nats per token")
+    return figure
+
+
+def costs(comparison: Mapping[str, Any]) -> go.Figure:
+    """Seconds before and in training, at each method's best rate."""
+    best = {n: b for n, b in comparison["conclusions"]["best"].items() if b.get("scores")}
+    labels = [html.escape(comparison["labels"][name]) for name in best]
+    figure = go.Figure()
+    for key, title, shade in (("start_seconds", "start", "#7d7d7d"), ("train_seconds", "training", "#3f7fc1")):
+        figure.add_bar(
+            y=labels, x=[b[key] for b in best.values()], name=title, orientation="h", marker={"color": shade}
+        )
+    figure.update_layout(_layout(110 + 28 * max(len(labels), 2)), barmode="stack")
+    figure.update_xaxes(title="seconds")
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def colour(number: int) -> str:
+    """Of the n-th method."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def _rise(run: Mapping[str, Any], keep: str) -> float:
+    value: float = run["scores"]["after"][keep]["value"] - run["scores"]["before"][keep]["value"]
+    return -value if _more_is_better(keep) else value
+
+
+def _more_is_better(metric: str) -> bool:
+    return metric.rpartition("/")[2] not in {"answer_loss", "perplexity"}
+
+
+def _axis(metric: str) -> str:
+    task, _, kind = metric.rpartition("/")
+    return f"{task}, {_LABELS.get(kind, kind)}"
+
+
+def _layout(height: int) -> dict[str, Any]:
+    clear = "rgba(0,0,0,0)"
+    axis = {"automargin": True, "zeroline": False}
+    return {
+        "template": go.layout.Template(),
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 16},
+        "paper_bgcolor": clear,
+        "plot_bgcolor": clear,
+        "font": {"size": 13},
+        "xaxis": axis,
+        "yaxis": axis,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    }

@@ -1,0 +1,166 @@
+"""`corda compare` on a random model: results, resuming, what diverges, what cannot be had, the page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from corda import artifact
+from corda.cli.app import app
+from corda.comparing.cell import result_path, run_cell
+from corda.comparing.compare import compare, gathered
+from corda.comparing.smoke import smoke_study
+from corda.comparing.study import Cell, cells, parse_study
+
+EVERY = ["full", "lora_frozen_a", "dora", "pissa", "milora", "eva", "lora_ga", "lora_null", "peft_corda_kpm"]
+EVERY += ["peft_corda_ipm", "kpm_plus", "ipm_plus", "kpm_sigma", "qlora", "ipm_4bit"]
+
+
+def tiny(folder, methods, **more):
+    raw = smoke_study(folder, methods).model_dump(mode="json")
+    raw["base"]["training"]["max_steps"] = 2
+    raw["learning_rates"] = [0.001, 0.03]
+    raw["extensions"] = 0
+    return parse_study(raw | more)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished comparison of LoRA and KPM, and its study."""
+    study = tiny(tmp_path_factory.mktemp("compare"), ["lora", "kpm"])
+    return study, compare(study)
+
+
+def test_every_cell_is_in_the_comparison_with_what_it_cost(done):
+    found = done[1]
+    assert [(r["method"], r["learning_rate"]) for r in found["runs"]] == [
+        ("lora", 0.001),
+        ("lora", 0.03),
+        ("kpm", 0.001),
+        ("kpm", 0.03),
+    ]
+    for run in found["runs"]:
+        assert run["status"] == "done"
+        assert run["trainable_parameters"] == found["trainable_parameters"] == 3712
+        assert run["steps"] == 2
+        assert len(run["curve"]["loss"]) == 2
+        for side in ("before", "after"):
+            assert set(run["scores"][side]["facts/answer_loss"]) == {"value", "stderr", "n"}
+        assert run["timing"]["train"] > 0
+        assert run["memory"]["train"] > 1e6
+        assert run["provenance"]["packages"]["torch"]
+    kpm = found["runs"][2]
+    assert kpm["timing"]["collect"] > 0
+    assert found["empty"] == []
+    assert "data_dir" not in json.dumps(found)
+
+
+def test_all_methods_share_base_scores_and_a_method_shares_its_context(done):
+    study, found = done
+    before = {json.dumps(run["scores"]["before"], sort_keys=True) for run in found["runs"]}
+    assert len(before) == 1
+    shared = sorted(p.name for folder in (study.output_dir / "shared").iterdir() for p in folder.iterdir())
+    assert shared == ["before", "context", "plan", "plan"]  # LoRA's plan holds ranks alone
+
+
+def test_the_page_is_one_file_with_fronts_and_differences(done):
+    study, _ = done
+    page = (study.output_dir / "comparison.html").read_text()
+    for text in ("Learning and forgetting", "Forgetting at equal task loss", "CorDA-KPM", "steps to reach", "front-1"):
+        assert text in page
+    assert 'src="http' not in page
+
+
+def test_a_second_call_runs_nothing_and_says_the_same(done):
+    study, found = done
+    said = []
+    again = compare(study, announce=said.append)
+    assert said == []
+    assert again["runs"] == found["runs"]
+    assert again["conclusions"] == found["conclusions"]
+
+
+def test_a_changed_recipe_is_run_again(done):
+    study, _ = done
+    raw = study.model_dump(mode="json")
+    raw["base"]["training"]["max_steps"] = 1
+    changed = parse_study(raw)
+    assert gathered(changed)["runs"] == []
+    assert len(gathered(changed)["empty"]) == 4
+
+
+def test_a_run_that_diverges_is_listed(tmp_path):
+    study = tiny(tmp_path, ["lora"], learning_rates=[0.001, 1e30])
+    found = compare(study)
+    assert [run["status"] for run in found["runs"]] == ["done", "diverged"]
+    assert found["conclusions"]["diverged"] == ["lora, learning rate 1e+30, seed 0"]
+    assert found["conclusions"]["best"]["lora"]["learning_rate"] == 0.001
+    json.loads((study.output_dir / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_what_cannot_be_had_is_listed_with_its_reason(tmp_path, monkeypatch):
+    from corda.comparing import peft_made
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("needs a GPU")
+
+    monkeypatch.setattr(peft_made, "get_peft_model", refuse)
+    study = tiny(tmp_path, ["lora", "pissa"])
+    result = run_cell(study, Cell("pissa", 0.001, 0), device="cpu")
+    assert result["status"] == "unavailable"
+    assert "needs a GPU" in result["reason"]
+
+
+def test_no_cell_is_begun_when_the_minutes_are_over(tmp_path):
+    study = tiny(tmp_path, ["lora"], minutes=1e-9)
+    found = compare(study)
+    assert found["runs"] == []
+    assert found["empty"] == [cell.id for cell in cells(study)]
+    assert found["conclusions"]["best"] == {}
+
+
+def test_the_grid_is_extended_where_the_best_rate_is_at_its_end(tmp_path):
+    study = tiny(tmp_path, ["lora"], extensions=1)
+    found = compare(study)
+    added = [run for run in found["runs"] if run["extension"]]
+    assert [run["learning_rate"] for run in added] == [0.09]  # two small steps on a random model: more is better
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_give_the_same_scores(done, tmp_path):
+    _, found = done
+    study = tiny(tmp_path, ["lora", "kpm"], devices=["cpu", "cpu"])
+    again = compare(study)
+    key = "problems/answer_loss"
+    one, two = (
+        {(r["method"], r["learning_rate"]): r["scores"]["after"][key]["value"] for r in runs["runs"]}
+        for runs in (found, again)
+    )
+    assert one == pytest.approx(two, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY)
+def test_every_method_trains_and_starts_from_the_base(tmp_path, name):
+    study = tiny(tmp_path, ["lora", name])
+    result = run_cell(study, Cell(name, 0.001, 0), device="cpu", reference=3712)
+    assert result["status"] == "done"
+    if "4bit" not in name:
+        assert result["step0"] < 1e-5
+
+
+def test_the_verb_checks_and_lists_cells_without_running(tmp_path):
+    given = ["compare", "--smoke", "--methods", "lora,kpm", "-o", str(tmp_path / "s"), "--dry-run", "--json"]
+    shown = CliRunner().invoke(app, given)
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["order"][0] == "lora-lr0.0005-seed0"
+    assert not (tmp_path / "s" / "study").exists()
+
+
+def test_results_are_whole_or_absent(done):
+    study, _ = done
+    path = result_path(study, cells(study)[0])
+    assert artifact.read_json(path)["status"] == "done"
+    assert not list(path.parent.glob(".*json*"))

@@ -1,0 +1,156 @@
+"""Fronts: interpolation, overlap, paired differences, choice of the learning rate, steps to a loss."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from corda.comparing.choosing import choose, further, smoothed, steps_to_reach
+from corda.comparing.fronts import Point, at, compared, front, mean_over, overlap, points, quantile, retained
+
+
+def line(slope, learns, offset=0.0, pulls=()):
+    return [Point(x, offset - slope * x, 1e-4 / (i + 1), pulls) for i, x in enumerate(learns)]
+
+
+def test_front_drops_runs_that_another_one_beats_on_both_sides():
+    good = [Point(1.0, 0.9, 3e-3), Point(1.4, 0.3, 1e-3), Point(2.0, 0.1, 1e-4)]
+    beaten = [Point(1.5, 0.31, 2e-3), Point(1.0, 0.95, 5e-3)]
+    assert front([*beaten, *reversed(good)]) == good
+
+
+def test_a_front_is_read_between_its_runs_and_never_beyond():
+    curve = front([Point(1.0, 0.8, 1e-3, (0.4, -0.4)), Point(2.0, 0.2, 1e-4, (0.0, 0.2))])
+    middle = at(curve, 1.25)
+    assert middle is not None
+    assert middle.rise == pytest.approx(0.65)
+    assert middle.pulls == pytest.approx((0.3, -0.25))
+    assert at(curve, 0.999) is None
+    assert at(curve, 2.001) is None
+    assert at(curve, 2.0).rise == pytest.approx(0.2)
+
+
+def test_fronts_without_a_common_task_loss_are_not_compared():
+    one, two = line(1.0, [1.0, 1.2], 3), line(1.0, [1.5, 1.9], 3)
+    assert overlap(front(one), front(two)) is None
+    found = compared({0: one}, {0: two})
+    assert found["why"] == "the fronts do not overlap"
+    assert "difference" not in found
+
+
+def test_a_single_run_is_compared_where_the_other_front_passes_it():
+    found = compared({0: [Point(1.5, 0.2, 1e-3)]}, {0: line(0.5, [1.0, 2.0], 1.5)})
+    assert found["from"] == found["to"] == 1.5
+    assert found["difference"] == pytest.approx(0.2 - 0.75)
+    assert found["ratio"] == pytest.approx(0.2 / 0.75)
+
+
+def test_difference_is_the_mean_over_the_overlap_of_each_seed():
+    one = {s: line(1.0, [1.0, 1.4, 2.0], 3.0 + 0.01 * s) for s in range(3)}
+    two = {s: line(1.0, [1.2, 1.6, 2.4], 3.3 + 0.03 * s) for s in range(3)}
+    found = compared(one, two)
+    assert found["seeds"] == 3
+    assert (found["from"], found["to"]) == (1.2, 2.0)
+    assert found["difference"] == pytest.approx(-0.3 - 0.02)
+    assert found["stderr_seeds"] == pytest.approx(0.02 / math.sqrt(3))
+    half = quantile(2) * 0.02 / math.sqrt(3)
+    assert found["low"] == pytest.approx(-0.32 - half)
+    assert found["high"] == pytest.approx(-0.32 + half)
+
+
+def test_limits_of_one_seed_come_from_the_records_paired():
+    generator = random.Random(0)
+    shared = [generator.gauss(0, 0.02) for _ in range(50)]
+    own = [generator.gauss(0, 0.001) for _ in range(50)]
+    one = {0: line(1.0, [1.0, 2.0], 3.0, tuple(a + b for a, b in zip(shared, own, strict=True)))}
+    two = {0: line(1.0, [1.0, 2.0], 3.1, tuple(shared))}
+    found = compared(one, two)
+    expected = math.sqrt(sum(x * x for x in own) * 50 / 49)
+    assert found["stderr_records"] == pytest.approx(expected)  # what the records share cancels
+    assert found["stderr_seeds"] is None
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * expected)
+
+
+def test_mean_over_a_range_of_a_bent_front():
+    curve = [Point(1.0, 1.0, 1e-3), Point(2.0, 0.0, 1e-4), Point(4.0, -0.5, 1e-5)]
+    assert mean_over(curve, (1.0, 2.0)).rise == pytest.approx(0.5)
+    assert mean_over(curve, (2.0, 4.0)).rise == pytest.approx(-0.25)
+
+
+def test_accuracies_are_turned_so_that_forgetting_is_a_rise():
+    run = {
+        "status": "done",
+        "learning_rate": 1e-3,
+        "influence": {"arc/accuracy": [0.1, -0.1]},
+        "scores": {
+            "before": {"gsm/exact_match": {"value": 0.1}, "arc/accuracy": {"value": 0.5}},
+            "after": {"gsm/exact_match": {"value": 0.3}, "arc/accuracy": {"value": 0.4}},
+        },
+    }
+    [point] = points([run], "gsm/exact_match", "arc/accuracy")
+    assert point.learn == pytest.approx(-0.3)
+    assert point.rise == pytest.approx(0.1)
+    assert point.pulls == (-0.1, 0.1)
+    assert points([run | {"status": "diverged"}], "gsm/exact_match", "arc/accuracy") == []
+
+
+def test_retained_share_of_the_base():
+    assert retained("a/answer_loss", 2.0, 2.0 + math.log(2)) == pytest.approx(50)
+    assert retained("a/perplexity", 10.0, 12.5) == pytest.approx(80)
+    assert retained("a/accuracy", 0.5, 0.4) == pytest.approx(80)
+
+
+def made(rate, seed, dev, status="done", variant=None):
+    after = {"dev/answer_loss": {"value": dev}} if dev is not None else {}
+    return {
+        "learning_rate": rate,
+        "seed": seed,
+        "status": status,
+        "variant": variant or {},
+        "scores": {"after": after},
+    }
+
+
+def test_the_rate_is_chosen_by_the_mean_on_the_development_split():
+    runs = [made(1e-4, 0, 1.5), made(1e-3, 0, 1.0), made(1e-2, 0, 0.9), made(1e-4, 1, 1.5), made(1e-3, 1, 1.1)]
+    runs.append(made(1e-2, 1, 1.9))
+    best = choose(runs, "dev/answer_loss")
+    assert best.learning_rate == 1e-3
+    assert best.inside
+    assert best.development == pytest.approx({1e-4: 1.5, 1e-3: 1.05, 1e-2: 1.4})
+
+
+def test_a_diverged_run_counts_against_its_rate():
+    runs = [made(1e-4, 0, 1.5), made(1e-3, 0, 1.0), made(1e-2, 0, 0.5), made(1e-2, 1, None, "diverged")]
+    assert choose(runs, "dev/answer_loss").learning_rate == 1e-3
+    assert choose([made(1e-2, 1, None, "diverged")], "dev/answer_loss") is None
+
+
+def test_a_best_rate_at_an_end_is_not_inside():
+    low = choose([made(1e-4, 0, 1.0), made(1e-3, 0, 1.5)], "dev/answer_loss")
+    high = choose([made(1e-4, 0, 1.5), made(1e-3, 0, 1.0)], "dev/answer_loss")
+    assert (low.inside, low.end, high.inside, high.end) == (False, "low", False, "high")
+    assert further([1e-4, 1e-3], "low") == pytest.approx(1e-4 / 3, rel=1e-2)
+    assert further([1e-3, 1e-4, 2e-3], "high") == pytest.approx(4e-3)
+
+
+def test_other_settings_are_chosen_with_the_rate():
+    decayed = {"training.weight_decay": 0.1}
+    runs = [made(1e-3, 0, 1.0), made(1e-3, 0, 0.8, variant=decayed), made(1e-4, 0, 0.9, variant=decayed)]
+    best = choose(runs, "dev/answer_loss")
+    assert best.variant == (("training.weight_decay", 0.1),)
+    assert set(best.development) == {1e-4, 1e-3}
+
+
+def test_steps_to_reach_the_final_loss_of_another_run():
+    steps = list(range(1, 41))
+    slow = {"curve": {"step": steps, "loss": [4.0 - 0.05 * s for s in steps]}}
+    fast = {"curve": {"step": steps, "loss": [max(1.0, 4.0 - 0.2 * s) for s in steps]}}
+    found = steps_to_reach(fast, slow)
+    # Smoothed over 4: the slow one ends at 4 - 0.05 * 38.5 = 2.075, which the fast one passes with its mean at step
+    # s - 1.5: 4 - 0.2 (s - 1.5) <= 2.075 from s = 11.125 on.
+    assert found == {"steps": 12, "of": 40, "share": 0.3, "loss": pytest.approx(2.075)}
+    assert steps_to_reach(slow, fast)["steps"] is None
+    assert smoothed([2.0, 4.0, 6.0], 2) == [2.0, 3.0, 5.0]
