@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda.metric import Metric, solve_cholesky
+from corda.metric import Metric, solve_cholesky, strip
 
 # Beyond this condition of M its fp64 Gram matrix, whose condition is the square, loses the small end.
 GRAM_CONDITION_LIMIT = 1e6
@@ -147,26 +147,24 @@ def largest(W: Tensor, metric: Metric, rank: int) -> Found:
     Products are fp32: at this end their error is far below the tolerance.
     """
     W = W.float()
-    F = metric.factor32
 
     def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        P = (Q.T @ W).T  # a row-major W is read twice as fast from this side
-        P = P if F is None else (P.T @ F).T
-        return Q, P, W @ (P if F is None else F @ P)
+        P = metric.root(Q.T @ W).T  # a row-major W is read twice as fast from this side
+        return Q, P, W @ metric.back(P)
 
     return extreme(expand, _largest_of, W.shape[0], rank, dtype=torch.float32, device=W.device)
 
 
 def smallest(R: Tensor, metric: Metric, rank: int, *, triangular: bool = False) -> Found | None:
-    """The r smallest components of R (C + λI)^a for R (n, d_in) fp64, n <= d_in; None where nothing can be solved.
+    """The r smallest components of R (C + λI)^a for R (n, d_in), n <= d_in; None where nothing can be solved.
 
     A square R (a square weight, or the triangle of a tall one) is factorised itself, so neither M = R (C + λI)^a nor
     its Gram matrix is formed: S = R⁻ᵀ (C + λI)^{-2a} R⁻¹, and Mᵀ S Q = M⁻¹ Q is met half-way. A wide R goes through a
-    Cholesky factor of M Mᵀ. The energies that come out are compared with those of fp64 products in the end.
-    O(2n³/3), or O(n d² + n² d), and O(n d r) a step.
+    Cholesky factor of M Mᵀ, and is converted to fp64 a strip at a time where it is fp32. The energies that come out
+    are compared with those of fp64 products in the end. O(2n³/3), or O(n d² + n² d), and O(n d r) a step.
 
     Args:
-        R: (n, d_in) fp64.
+        R: (n, d_in), fp64 if it is square.
         metric: (C + λI)^a.
         rank: r.
         triangular: R is upper triangular.
@@ -177,9 +175,7 @@ def smallest(R: Tensor, metric: Metric, rank: int, *, triangular: bool = False) 
     found = extreme(expand, _smallest_of, R.shape[0], rank, dtype=torch.float64, device=R.device)
     if not bool(torch.isfinite(found.sigma).all()):
         return None
-    F = metric.factor
-    P = found.U.T @ R
-    exact = float((P if F is None else P @ F).norm())
+    exact = float(metric.root(double_product(found.U.T, R)).norm())
     agrees = abs(exact - float(found.sigma.norm())) <= 1e-4 * exact
     return found if agrees else replace(found, converged=False)
 
@@ -241,32 +237,45 @@ def _square(R: Tensor, metric: Metric, triangular: bool) -> Expand | None:
 
 def _wide(R: Tensor, metric: Metric) -> Expand | None:
     for dtype, limit in ((torch.float32, FLOAT_CONDITION_LIMIT), (torch.float64, GRAM_CONDITION_LIMIT)):
-        M = metric.root(R.to(dtype)).double()
+        G = symmetric_product(metric.root(R.to(dtype)))
         # Symmetric, and so transposed for free into LAPACK's order of storage.
-        factor, failed = torch.linalg.cholesky_ex(symmetric_product(M).T)
-        del M
+        factor, failed = torch.linalg.cholesky_ex(G.T)
+        del G
         # The diagonal of a Cholesky factor of M Mᵀ shows the condition of M.
         if not int(failed) and float(factor.diagonal().max() / factor.diagonal().min()) <= limit:
             break
     else:
         return None
-    F = metric.factor
 
     def expand(Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Z = solve_cholesky(factor, Q)
-        P = (Z.T @ R).T
-        return Z, P if F is None else (P.T @ F).T, Z
+        return Z, metric.root(double_product(Z.T, R)).T, Z
 
     return expand
 
 
+def double_product(Z: Tensor, R: Tensor) -> Tensor:
+    """Z R in fp64 for Z (k, n) fp64 and R (n, d), an fp32 R being converted a strip of columns at a time."""
+    if R.dtype == torch.float64:
+        return Z @ R
+    step = strip(R.shape[1])
+    return torch.cat([Z @ R[:, s : s + step].double() for s in range(0, R.shape[1], step)], dim=1)
+
+
 def symmetric_product(M: Tensor) -> Tensor:
-    """M Mᵀ for M (n, d), upper triangle by blocks and mirrored: 56 % of the full product."""
-    n = M.shape[0]
-    G = torch.empty(n, n, dtype=M.dtype, device=M.device)
+    """M Mᵀ in fp64 for M (n, d), upper triangle by blocks and mirrored: 56 % of the full product."""
+    n, d = M.shape
+    G = torch.zeros(n, n, dtype=torch.float64, device=M.device)
     step = max(256, -(-n // 8))
+    width = d if M.dtype == torch.float64 else strip(d)
+    for first in range(0, d, width):
+        part = M[:, first : first + width].double()
+        for start in range(0, n, step):
+            end = min(start + step, n)
+            G[:end, start:end].addmm_(part[:end], part[start:end].T)
     for start in range(0, n, step):
         end = min(start + step, n)
-        torch.mm(M[:end], M[start:end].T, out=G[:end, start:end])
         G[start:end, :start] = G[:start, start:end].T
+        block = G[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).T)
     return G

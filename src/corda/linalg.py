@@ -51,7 +51,7 @@ class Reduced:
     """W = Q R with the row space's dimension reduced to n = min(d_out, d_in).
 
     Attributes:
-        R: (n, d_in) fp64; upper triangular where W is tall, else W itself.
+        R: (n, d_in) fp64; upper triangular where W is tall, else W itself, in fp32 where an iteration takes it.
         Q: (d_out, n) fp64 with orthonormal columns; None where W is not tall, or where Q is W R⁻¹.
         tall: (d_out, d_in) fp64, W itself where Q is W R⁻¹; else None.
     """
@@ -127,13 +127,15 @@ def subspace(W: Tensor, metric: Metric, rank: int, end: End, solver: Solver = "a
             found: krylov.Found | None = krylov.largest(W, metric, rank)
             lifted = found.U if found else None
         else:
-            reduced = reduce(W)
+            wide = W.shape[0] < W.shape[1]
+            reduced = Reduced(W.float()) if wide and W.dtype != torch.float64 else reduce(W)
             found = krylov.smallest(reduced.R, metric, rank, triangular=reduced.triangular)
             lifted = reduced.lift(found.U) if found else None
         if found is not None and lifted is not None and found.converged:
             return Subspace(fix_signs(lifted), found.sigma, None, "krylov", math.nan)
         note = " after krylov"
-    return _exactly(reduced or reduce(W), metric, rank, end, note)
+    exactly = reduced if reduced is not None and reduced.R.dtype == torch.float64 else reduce(W)
+    return _exactly(exactly, metric, rank, end, note)
 
 
 def _exactly(reduced: Reduced, metric: Metric, rank: int, end: End, note: str) -> Subspace:
@@ -215,7 +217,7 @@ def factors(
         A (r, d_in) and B (d_out, r), both fp32, and the number of dead directions.
     """
     U = chosen.U.to(W.device)
-    P = U.T @ W.double()
+    P = krylov.double_product(U.T, W)
     lengths = P.norm(dim=1)
     dead = lengths <= 1e-7 * float(W.norm())
     split = lengths.clone() if balance == "equal" else chosen.sigma.to(W.device).clone()

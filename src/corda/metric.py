@@ -10,6 +10,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_STRIPS, _WHOLE = 8, 1024
+
+
+def strip(d: int) -> int:
+    """How many of d rows or columns are converted to fp64 at a time: an eighth, or all of few."""
+    return d if d <= _WHOLE else -(-d // _STRIPS)
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -73,19 +80,35 @@ class Metric:
         root: Tensor = vectors * values.clamp_min(0).sqrt()
         return root
 
-    @cached_property
-    def factor32(self) -> Tensor | None:
-        """`factor` in fp32."""
-        if self.exponent == 1 and self.C is not None:
-            damped = self.C.to(torch.float32, copy=True)
-            damped.diagonal().add_(self.lam)
-            return damped
-        return None if self.factor is None else self.factor.float()
-
     def root(self, R: Tensor) -> Tensor:
         """M = R F, (n, d_in) in the dtype of R (n, d_in)."""
-        F = self.factor32 if R.dtype == torch.float32 else self.factor
-        return R if F is None else R @ F
+        if self.exponent == 0:
+            return R
+        if self.exponent == 1:
+            return self._undamped_root(R)
+        assert self.factor is not None
+        return R @ self.factor.to(R.dtype)
+
+    def back(self, X: Tensor) -> Tensor:
+        """F X, (d_in, k) in the dtype of X (d_in, k)."""
+        if self.exponent == 0:
+            return X
+        if self.exponent == 1:
+            return self.root(X.T).T
+        assert self.factor is not None
+        return self.factor.to(X.dtype) @ X
+
+    def _undamped_root(self, R: Tensor) -> Tensor:
+        """R C + λ R without a damped or converted copy of C, whose size decides a wide layer's memory."""
+        assert self.C is not None
+        if R.dtype == self.C.dtype:
+            return torch.addmm(R, R, self.C, beta=self.lam)
+        M = self.lam * R
+        step = strip(self.C.shape[0])
+        for start in range(0, self.C.shape[0], step):
+            rows = slice(start, start + step)
+            M.addmm_(R[:, rows], self.C[rows].to(R.dtype))
+        return M
 
     @property
     def invertible(self) -> bool:

@@ -30,7 +30,7 @@ RANKS = [
     {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
     {"inputs"},
-    {"bases", "results"},
+    {"bases", "results", "estimate"},
     {"pipeline", "drafting", "chatting"},
     {"demo", "comparing"},
     {"cli"},

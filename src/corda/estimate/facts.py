@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from corda import models
+from corda import architectures, models
 from corda.context.blocks import find_blocks
 from corda.data.batches import calibration_rounds, encode
 from corda.errors import DataError, ModelError, ResourceError
@@ -50,8 +51,8 @@ class Tokens:
 class Facts:
     """Model and data of a recipe, without a weight."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs, self.recipe = inputs, inputs.recipe
+    def __init__(self, inputs: Inputs, kind: str) -> None:
+        self.inputs, self.recipe, self.kind = inputs, inputs.recipe, kind
         self.notes: list[str] = []
 
     @cached_property
@@ -61,12 +62,28 @@ class Facts:
 
     def build(self) -> PreTrainedModel:
         """The model anew, on whatever device is current."""
-        return models.unfilled(self.inputs.source, self.recipe.model, self.dtype)
+        trusted = {"trust_remote_code": self.recipe.model.trust_remote_code}
+        model: PreTrainedModel = architectures.loader(self._config).from_config(
+            copy.deepcopy(self._config), dtype=self.dtype, **trusted
+        )
+        return model
+
+    @cached_property
+    def _config(self) -> Any:
+        options, source = self.recipe.model, self.inputs.source
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=options.trust_remote_code
+        )
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of weights that are not in 4 bits."""
-        return models.pick_dtype(self.recipe.model, self.inputs.source)
+        if self.recipe.model.dtype != "auto":
+            dtype = getattr(torch, self.recipe.model.dtype)
+        else:
+            dtype = torch.float32 if self.kind == "cpu" else self._config.dtype or torch.float32
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @cached_property
     def layers(self) -> list[LayerSpec]:
@@ -84,7 +101,7 @@ class Facts:
     def groups(self) -> dict[str, list[LayerSpec]]:
         """Distinct inputs and the layers that take each."""
         try:
-            of = shared_inputs(self.model, self.layers)
+            of = shared_inputs(self.build, self.layers)
         except Exception as error:  # any model's own code
             self.notes.append(f"every layer counted with an input of its own: the model does not run without values "
                               f"({type(error).__name__})")

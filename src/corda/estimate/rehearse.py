@@ -39,19 +39,22 @@ class Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, 0)  # was there before: parameters, inputs
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._note(tensor)
+                self._note(tensor, tensor.untyped_storage().nbytes())
         return out
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
-        self.now += self._sizes[key]
+        self._sizes[key] = size
+        self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, key)
 
@@ -173,16 +176,14 @@ def _inputs(batch: int, length: int) -> dict[str, Any]:
 
 def _forward(model: PreTrainedModel, batch: int, length: int) -> tuple[int, int]:
     inputs = _inputs(batch, length)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), Live() as live, counter:
+    with torch.no_grad(), Live() as live:
         model.base_model(**inputs)
-    return live.peak, counter.get_total_flops()
+    return live.peak, 0
 
 
 def _backward(model: PreTrainedModel, batch: int, length: int, tiles: int) -> tuple[int, int]:
     inputs = _inputs(batch, length)
-    counter = FlopCounterMode(display=False)
-    with Live() as live, counter:
+    with Live() as live:
         hidden = model.base_model(**inputs)[0]
         # The loss is computed in tiles, forwards and backwards; the head itself is frozen.
         vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -191,6 +192,9 @@ def _backward(model: PreTrainedModel, batch: int, length: int, tiles: int) -> tu
         gradient = torch.ones_like(hidden)
         del held
         hidden.backward(gradient)
+    with FlopCounterMode(display=False) as counter:  # apart: it keeps tensors alive
+        hidden = model.base_model(**inputs)[0]
+        hidden.backward(torch.ones_like(hidden))
     return live.peak, counter.get_total_flops()
 
 
@@ -214,16 +218,36 @@ def _adapted(layer: LayerSpec, rank: int, intact: bool, module: nn.Module) -> Ca
     return hook
 
 
-def shared_inputs(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> dict[str, str]:
-    """Layer name -> group: which layers are handed the very same input, by a forward pass on the meta device.
+def shared_inputs(build: Callable[[], PreTrainedModel], layers: Sequence[LayerSpec]) -> dict[str, str]:
+    """Layer name -> group: which layers are handed the very same input, by a forward pass of fake tensors.
+
+    Where all blocks hold the same layers, one of them stands for all.
 
     Args:
-        model: Without weights, on the meta device.
+        build: Makes the model; called under fake tensors.
         layers: Target layers.
 
     Raises:
         Exception: whatever a model raises that cannot run without values.
     """
+    with faked():
+        model = build().eval()
+        blocks = [name for name, _ in find_blocks(model.base_model, model, layers) or []]
+        inside = [[layer.name.removeprefix(f"{b}.") for layer in layers if layer.name.startswith(f"{b}.")]
+                  for b in blocks]
+        alike = len(blocks) > 1 and all(names == inside[0] for names in inside)
+        if alike:
+            _keep(model, layers, 1)
+        present = {name for name, _ in model.named_modules()}
+        groups = _groups(model, [layer.name for layer in layers if layer.name in present])
+    if alike:
+        first = f"{blocks[0]}."
+        of = {name.removeprefix(first): group.removeprefix(first) for name, group in groups.items()}
+        groups = {f"{b}.{name}": f"{b}.{of[name]}" for b, names in zip(blocks, inside, strict=True) for name in names}
+    return {layer.name: groups.get(layer.name, layer.name) for layer in layers}
+
+
+def _groups(model: PreTrainedModel, names: Sequence[str]) -> dict[str, str]:
     groups: dict[str, str] = {}
     last: list[Any] = [None, ""]
 
@@ -235,14 +259,8 @@ def shared_inputs(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> dict[s
 
         return hook
 
-    handles = [
-        model.get_submodule(layer.name).register_forward_pre_hook(hook_of(layer.name), with_kwargs=True)
-        for layer in layers
-    ]
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            model.base_model(**_inputs(1, 8))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer.name: groups.get(layer.name, layer.name) for layer in layers}
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(hook_of(name), with_kwargs=True)
+    with torch.no_grad():
+        model.base_model(**_inputs(1, 8))
+    return groups

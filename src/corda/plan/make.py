@@ -342,7 +342,7 @@ def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, opt
         raise PlanError("a layer cannot be decomposed", where=spec.name, got=error) from None
     A, B, dead = linalg.factors(W, found, scaling=scaling(options, layer.rank), balance=options.balance)
     values = found.spectrum if found.spectrum is not None else found.sigma
-    total = float((found.spectrum if found.spectrum is not None else metric.root(W)).double().square().sum())
+    total = float(torch.linalg.vector_norm(values if found.spectrum is not None else metric.root(W))) ** 2
     layer = replace(
         layer,
         damping=metric.lam,

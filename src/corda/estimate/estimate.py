@@ -1,0 +1,394 @@
+"""Memory, disk, network and time of a recipe's stages, from its config and a short calibration of the machine.
+
+Everything that can be run without values is run: forward and training steps on fake tensors, decompositions on small
+random layers of the same proportions. The rest is counted. Bytes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from corda import linalg
+from corda.errors import RecipeError
+from corda.estimate import machine
+from corda.estimate.facts import Facts
+from corda.estimate.machine import Device, Rehearsed, decomposition_flops, triangle_flops
+from corda.estimate.rehearse import TILES, Step, forward_bytes, training_bytes
+from corda.inputs import Inputs
+from corda.recipe import Recipe
+from corda.targets import LayerSpec
+
+_FP32 = 4
+_ENOUGH = 8  # tokens per input of the widest layer
+_TRAINER = 250_000_000  # bytes of the libraries that only training loads, on a CPU
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a recipe is to run.
+
+    Attributes:
+        device: One device.
+        processes: How many processes, each with one.
+        shard: The weights are divided over the processes, one block gathered at a time.
+    """
+
+    device: Device
+    processes: int = 1
+    shard: bool = False
+
+
+def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard: bool = False) -> dict[str, Any]:
+    """What a recipe needs, before anything is loaded.
+
+    Args:
+        recipe: Of the run.
+        profile: "auto" measures this machine for some seconds; or the name of one in `machine.PROFILES`.
+        processes: With one device each; calibration tokens, layers and training batches are divided over them.
+        shard: Weights are divided over the processes (FSDP).
+
+    Raises:
+        CordaError: the recipe does not fit the model.
+        RecipeError: there is no profile of that name.
+    """
+    if profile != "auto" and profile not in machine.PROFILES:
+        raise RecipeError(
+            "there is no such device profile", got=profile, expected=", ".join(["auto", *machine.PROFILES])
+        )
+    facts = Facts(Inputs(recipe), machine.PROFILES[profile].kind if profile != "auto" else "cpu")
+    shapes = [(layer.d_out, layer.d_in) for layer in facts.layers]
+    widest = max(layer.d_in for layer in facts.layers)
+    device = machine.PROFILES.get(profile) or machine.measure(shapes, widest, recipe.output_dir)
+    work = _Work(facts, Setting(device, processes, shard))
+    return work.everything()
+
+
+class _Work:
+    def __init__(self, facts: Facts, setting: Setting) -> None:
+        self.facts, self.recipe = facts, facts.recipe
+        self.device, self.processes, self.shard = setting.device, setting.processes, setting.shard
+        self.on_cpu = self.device.kind == "cpu"
+        self.baseline = psutil.Process(os.getpid()).memory_info().rss if self.on_cpu else 0
+        self.rehearsed: dict[tuple[int, int], Rehearsed] = {}
+        self.side_by_side = self.on_cpu and max(x.max_rank for x in facts.layers) <= linalg.EXACT_LIMIT
+        if recipe_needs_context(self.recipe):
+            self._rehearse()
+
+    def everything(self) -> dict[str, Any]:
+        """The whole estimate."""
+        facts, recipe = self.facts, self.recipe
+        tokens = facts.tokens
+        trainable = sum((x.d_in + x.d_out) * facts.ranks[x.name] for x in facts.layers)
+        context = recipe_needs_context(recipe)
+        step = self._training_step()
+        memory = {"train": self._train_memory(step, trainable), "export": self._export_memory(trainable)}
+        seconds = {"train": self._train_seconds(step)}
+        if context:
+            memory = {"collect": self._collect_memory(), "plan": self._plan_memory(trainable)} | memory
+            seconds = {"collect": self._collect_seconds(), "plan": self._plan_seconds()} | seconds
+        widest = max(layer.d_in for layer in facts.layers)
+        calibration = {
+            "tokens_per_round": min(tokens.rounds, default=0),
+            "rounds": len(tokens.rounds),
+            "would_do": _ENOUGH * widest,
+            "enough": min(tokens.rounds, default=0) >= 2 * widest,
+        }
+        above = max((part["device"]["above_weights"] for part in memory.values()), default=0)
+        return {
+            "model_parameters": facts.parameters,
+            "layers": len(facts.layers),
+            "trainable_parameters": trainable,
+            "calibration": calibration if context else None,
+            "memory": memory,
+            "memory_above_weights": {
+                "initialisation": max((memory[s]["device"]["above_weights"] for s in ("collect", "plan") if s in memory),
+                                      default=0),
+                "any_stage": above,
+            },
+            "fits": max(part["device"]["total"] for part in memory.values()) <= self.device.memory,
+            "disk": self._disk(trainable),
+            "network": self._network(trainable),
+            "seconds": {stage: parts | {"total": sum(parts.values())} for stage, parts in seconds.items()},
+            "device": self.device.as_json(),
+            "processes": self.processes,
+            "shard": self.shard,
+            "assumptions": [*self._assumptions(), *tokens.assumed, *facts.notes],
+        }
+
+    # Collect
+
+    def _collect_memory(self) -> dict[str, Any]:
+        facts, options = self.facts, self.recipe.context
+        tokens = facts.tokens
+        step = self._forward_step()
+        covariances = max(_square(groups) for groups in facts.block_groups())
+        packed_all = sum(_packed(groups) for groups in facts.block_groups())
+        largest = max((m[0].d_in for groups in facts.block_groups() for _, m in groups), default=0)
+        # Packing: the triangles of a block so far, and one more while it is divided.
+        packing = max(_packed(groups) for groups in facts.block_groups()) + _FP32 * _half(largest)
+        streamed = facts.blocks is not None
+        forward = step.peak(1) if streamed else step.peak(2)
+        copies = 0 if facts.dtype.itemsize == _FP32 or not self.on_cpu else _FP32 * self._batch_tokens() * largest
+        hidden = sum(tokens.rounds) * facts.hidden * facts.dtype.itemsize // self.processes if streamed else 0
+        kept = 0 if streamed else packed_all * len(tokens.rounds)
+        weights = self._resident(offload=options.offload or facts.inputs.quantisation is not None)
+        device = {"weights": weights, "covariances": covariances, "work": max(forward + copies, packing)}
+        return self._memory(device, {"hidden_states": hidden, "kept_covariances": kept})
+
+    def _forward_step(self) -> Step:
+        return self._rehearsed_pass(
+            lambda: forward_bytes(
+                self.facts.build, self.facts.layers, self.recipe.context.batch_size, self.facts.tokens.longest_batch
+            ),
+            self._batch_tokens(),
+        )
+
+    def _batch_tokens(self) -> int:
+        return self.recipe.context.batch_size * self.facts.tokens.longest_batch
+
+    def _collect_seconds(self) -> dict[str, float]:
+        facts, device = self.facts, self.device
+        tokens = sum(facts.tokens.rounds)
+        share = tokens / self.processes
+        linear = facts.parameters - facts.embedding() * (1 if self._tied() else 2)
+        forward = 2.0 * self._active(linear) * share / device.forward
+        triangles = sum(triangle_flops(m[0].d_in, share) for m in facts.groups.values()) / device.products
+        rounds = len(facts.tokens.rounds)
+        written = rounds * sum(_packed(g) for g in facts.block_groups())
+        moved = 2.0 * share * facts.hidden * facts.dtype.itemsize * len(facts.blocks or []) / device.link
+        read = facts.weight_bytes(full=True) / device.disk
+        parts = {"forward": forward, "products": triangles, "write": written / device.disk, "read_weights": read}
+        if not self.on_cpu:
+            parts["move"] = moved + written / device.link
+        if self.processes > 1:
+            parts["all_reduce"] = 2.0 * (self.processes - 1) / self.processes * written / device.network
+        return parts
+
+    # Plan
+
+    def _rehearse(self) -> None:
+        """Decompose small layers of the same proportions; on a CPU that gives the rate as well."""
+        options, facts = self.recipe.adapter, self.facts
+        end: linalg.End = "largest" if options.mode == "ipm" else "smallest"
+        for layer in facts.layers:
+            shape = (layer.d_out, layer.d_in)
+            if shape not in self.rehearsed:
+                self.rehearsed[shape] = machine.rehearse_decomposition(
+                    *shape, facts.ranks[layer.name], end, options.exponent, facts.dtype, side_by_side=self.side_by_side
+                )
+        if self.device.measured:
+            slowest = min(found.rate for found in self.rehearsed.values())
+            self.device = replace(self.device, solve=slowest)
+
+    def _plan_memory(self, trainable: int) -> dict[str, Any]:
+        facts, options = self.facts, self.recipe
+        layer = max((found.bytes for found in self.rehearsed.values()), default=0)
+        copies = self.device.threads if self.side_by_side else 1
+        weights = self._resident(offload=options.context.offload or facts.inputs.quantisation is not None)
+        spectra = sum(x.max_rank for x in facts.layers) * _FP32
+        kept = (trainable * _FP32 + spectra) * 2  # once more while they are written
+        return self._memory({"weights": weights, "work": layer * copies}, {"factors": kept})
+
+    def _layer_seconds(self, layer: LayerSpec) -> float:
+        facts, options = self.facts, self.recipe.adapter
+        shape = (layer.d_out, layer.d_in)
+        rank = facts.ranks[layer.name]
+        rate = self.rehearsed[shape].rate if self.device.measured else self.device.solve
+        seconds = decomposition_flops(*shape, rank, options.exponent) / rate
+        rounds = len(facts.tokens.rounds)
+        if self.recipe.context.selection == "dynamic" or options.allocation == "dynamic":
+            candidates = rounds if self.recipe.context.selection == "dynamic" else 1
+            seconds += candidates * machine.survey_flops(*shape) / rate
+        return seconds
+
+    def _plan_seconds(self) -> dict[str, float]:
+        facts = self.facts
+        layers = [self._layer_seconds(layer) for layer in facts.layers]
+        read = sum(_packed(g) for g in facts.block_groups()) / self.device.disk / self.processes
+        parts = {"decompose": _makespan(layers, self.processes), "read": read}
+        if self.processes > 1:
+            parts["gather"] = self._factor_bytes() / self.device.network
+        return parts
+
+    def _factor_bytes(self) -> int:
+        facts = self.facts
+        return sum((x.d_in + x.d_out) * facts.ranks[x.name] for x in facts.layers) * _FP32
+
+    # Train
+
+    def _training_step(self) -> Step:
+        facts, options = self.facts, self.recipe.training
+        batch, row = options.per_device_train_batch_size, facts.tokens.training_row
+        intact = self.recipe.adapter.mode != "lora" and self.recipe.adapter.form(self._four_bit()) == "intact"
+        return self._rehearsed_pass(
+            lambda: training_bytes(
+                facts.build,
+                facts.layers,
+                facts.ranks,
+                batch,
+                row,
+                checkpointing=options.gradient_checkpointing,
+                intact=intact,
+                tiles=TILES[self.device.kind],
+            ),
+            batch * row,
+        )
+
+    def _rehearsed_pass(self, run: Any, tokens: int) -> Step:
+        try:
+            return run()  # type: ignore[no-any-return]
+        except Exception as error:  # any model's own code
+            note = f"activations counted, not rehearsed: the model does not run without values ({type(error).__name__})"
+            if note not in self.facts.notes:
+                self.facts.notes.append(note)
+            config = self.facts.model.config.get_text_config()
+            wide = getattr(config, "intermediate_size", None) or 4 * self.facts.hidden
+            per_token = (10 * self.facts.hidden + 4 * wide) * self.facts.dtype.itemsize
+            return Step(tokens * self.facts.hidden * 8, tokens * per_token, 0)
+
+    def _train_memory(self, step: Step, trainable: int) -> dict[str, Any]:
+        depth = len(self.facts.blocks or self._layer_count())
+        adapters = trainable * _FP32 * (1 if self.recipe.adapter.mode == "lora" else 2)
+        optimiser = trainable * _FP32 * 3  # gradients and two moments
+        device = {
+            "weights": self._resident(four_bit=True),
+            "adapters": adapters,
+            "optimiser": optimiser,
+            "work": step.peak(depth),
+        }
+        host = {"libraries": _TRAINER, "plan": trainable * _FP32} if self.on_cpu else {}
+        return self._memory(device, host)
+
+    def _layer_count(self) -> range:
+        return range(int(self.facts.model.config.get_text_config().num_hidden_layers))
+
+    def _train_seconds(self, step: Step) -> dict[str, float]:
+        facts, options = self.facts, self.recipe.training
+        batch, depth = options.per_device_train_batch_size, len(facts.blocks or self._layer_count())
+        per_step = options.gradient_accumulation_steps * facts.tokens.training_tokens
+        if options.max_steps > 0:
+            steps = float(options.max_steps)
+        else:
+            global_batch = batch * options.gradient_accumulation_steps * self.processes
+            steps = math.ceil(options.num_train_epochs * max(facts.tokens.training_records, 1) / global_batch)
+        rows = max(batch * facts.tokens.training_row, 1)
+        head = 6.0 * facts.embedding() * rows
+        flops = (step.flops * depth + head) / rows * per_step
+        if options.gradient_checkpointing:
+            flops *= 1.33
+        return {"steps": steps * flops / self.device.forward}
+
+    # Export
+
+    def _export_memory(self, trainable: int) -> dict[str, Any]:
+        weights = 2 * self.facts.weight_bytes()  # the trained model and a fresh base to load the export into
+        host = {"libraries": _TRAINER} if self.on_cpu else {}
+        return self._memory({"weights": weights, "adapters": 4 * trainable * _FP32}, host)
+
+    # Shared
+
+    def _memory(self, device: Mapping[str, int], host: Mapping[str, int]) -> dict[str, Any]:
+        """Totals; on a CPU device and host are one memory, which holds the process itself as well."""
+        on_device = dict(device)
+        on_device["above_weights"] = sum(device.values()) - device["weights"]
+        if self.on_cpu:
+            total = self.baseline + sum(device.values()) + sum(host.values())
+            return {"device": on_device | {"process": self.baseline, "total": total}, "host": dict(host)}
+        return {"device": on_device | {"total": sum(device.values())}, "host": dict(host)}
+
+    def _resident(self, *, offload: bool = False, four_bit: bool = False) -> int:
+        """Bytes of weights on one device."""
+        facts = self.facts
+        if offload and not four_bit:
+            return facts.block_bytes()
+        size = facts.weight_bytes(full=not four_bit)
+        return size // self.processes + facts.block_bytes() if self.shard and self.processes > 1 else size
+
+    def _disk(self, trainable: int) -> dict[str, int]:
+        facts = self.facts
+        context = recipe_needs_context(self.recipe)
+        covariances = sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds) if context else 0
+        spectra = sum(x.max_rank for x in facts.layers) * _FP32 if context else 0
+        doubled = 1 if self.recipe.adapter.mode == "lora" else 2
+        parts = {
+            "covariances": covariances,
+            "plan": (trainable * _FP32 + spectra) * 2 if context else 0,  # and its journal until it is done
+            "adapter": trainable * _FP32 * doubled,
+            "checkpoints": trainable * _FP32 * (doubled + 2) if self.recipe.training.save_steps else 0,
+            "export": trainable * _FP32 * doubled,
+        }
+        if self.recipe.export.format in {"residual", "merged"}:
+            parts["export"] += facts.weight_bytes(full=True)
+        return parts | {"total": sum(parts.values())}
+
+    def _network(self, trainable: int) -> dict[str, int]:
+        """Bytes that each process sends in each stage."""
+        if self.processes == 1:
+            return {}
+        facts, share = self.facts, (self.processes - 1) / self.processes
+        rounds = len(facts.tokens.rounds)
+        reduced = 2 * share * sum(_packed(g) for g in facts.block_groups()) * rounds
+        found = {
+            "collect": round(reduced),
+            "plan": round(share * self._factor_bytes()),
+            "train_per_step": round(2 * share * trainable * _FP32),
+        }
+        if self.shard:
+            found["collect"] += round(share * facts.weight_bytes(full=True))
+            found["train_per_step"] += round(2 * share * facts.weight_bytes())
+        return found
+
+    def _four_bit(self) -> bool:
+        return self.facts.inputs.quantisation is not None
+
+    def _tied(self) -> bool:
+        return bool(getattr(self.facts.model.config.get_text_config(), "tie_word_embeddings", False))
+
+    def _active(self, linear: int) -> float:
+        """Parameters that a token meets: of a mixture of experts, those of the chosen ones."""
+        config = self.facts.model.config.get_text_config()
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        chosen = getattr(config, "num_experts_per_tok", None)
+        if not experts or not chosen:
+            return float(linear)
+        inside = sum(p.numel() for n, p in self.facts.model.named_parameters() if ".experts." in n)
+        return float(linear - inside + inside * chosen / experts)
+
+    def _assumptions(self) -> list[str]:
+        found = ["evaluation, generation and downloads are not counted"]
+        if not self.device.measured:
+            found.append(f"rates of {self.device.name} are assumed, not measured")
+        return found
+
+
+def recipe_needs_context(recipe: Recipe) -> bool:
+    """Whether covariances are collected."""
+    return recipe.context_source() is not None
+
+
+def _half(d: int) -> int:
+    """Numbers in a packed upper triangle."""
+    return d * (d + 256) // 2 if d > 256 else d * d
+
+
+def _square(groups: Sequence[tuple[str, list[LayerSpec]]]) -> int:
+    return sum(_FP32 * members[0].d_in ** 2 for _, members in groups)
+
+
+def _packed(groups: Sequence[tuple[str, list[LayerSpec]]]) -> int:
+    return sum(_FP32 * _half(members[0].d_in) for _, members in groups)
+
+
+def _makespan(costs: Sequence[float], processes: int) -> float:
+    """When the last of the processes ends, the dearest layers being given out first."""
+    loads = [0.0] * processes
+    for cost in sorted(costs, reverse=True):
+        heapq.heapreplace(loads, loads[0] + cost)
+    return max(loads)
