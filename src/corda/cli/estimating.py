@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from corda.cli.app import app
 from corda.cli.arguments import AsJson, Overrides, RecipeFile
@@ -30,10 +28,14 @@ def estimate(
     if as_json:
         print_value(found, True)
         return
-    _show(found, Console(soft_wrap=True))
+    _show(found)
 
 
-def _show(found: dict[str, Any], console: Console) -> None:
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
     table = Table(title=f"{found['device']['name']}, {found['processes']} process(es), each")
     for column in ("stage", "device memory, GB", "of it weights", "host memory, GB", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -48,7 +50,7 @@ def _show(found: dict[str, Any], console: Console) -> None:
     calibration = found["calibration"]
     if calibration:
         console.print(
-            f"Calibration: {calibration['tokens_per_round']:,} tokens x {calibration['rounds']} round(s); "
+            f"Calibration: {calibration['tokens_per_round']:,} tokens x {calibration['sets']} set(s); "
             f"{calibration['would_do']:,} would do" + ("" if calibration["enough"] else ": too few")
         )
     console.print(f"Disk: {_gb(found['disk']['total'])} GB, {_gb(found['disk']['covariances'])} of it covariances")

@@ -22,7 +22,7 @@ from corda.estimate.facts import Facts
 from corda.estimate.machine import Device, Rehearsed, decomposition_flops, triangle_flops
 from corda.estimate.rehearse import TILES, Step, forward_bytes, training_bytes
 from corda.inputs import Inputs
-from corda.recipe import Recipe
+from corda.recipe import TWO_CONTEXTS, Recipe
 from corda.targets import LayerSpec
 
 _FP32 = 4
@@ -78,43 +78,45 @@ class _Work:
         self.baseline = psutil.Process(os.getpid()).memory_info().rss if self.on_cpu else 0
         self.rehearsed: dict[tuple[int, int], Rehearsed] = {}
         self.side_by_side = self.on_cpu and max(x.max_rank for x in facts.layers) <= linalg.EXACT_LIMIT
-        if recipe_needs_context(self.recipe):
+        self.plans = self.recipe.adapter.mode != "lora"
+        if self.plans:
             self._rehearse()
 
     def everything(self) -> dict[str, Any]:
         """The whole estimate."""
-        facts, recipe = self.facts, self.recipe
+        facts = self.facts
         tokens = facts.tokens
-        trainable = sum((x.d_in + x.d_out) * facts.ranks[x.name] for x in facts.layers)
-        context = recipe_needs_context(recipe)
         step = self._training_step()
-        memory = {"train": self._train_memory(step, trainable), "export": self._export_memory(trainable)}
-        seconds = {"train": self._train_seconds(step)}
-        if context:
-            memory = {"collect": self._collect_memory(), "plan": self._plan_memory(trainable)} | memory
-            seconds = {"collect": self._collect_seconds(), "plan": self._plan_seconds()} | seconds
+        memory, seconds = {}, {}
+        if tokens.rounds:
+            memory["collect"], seconds["collect"] = self._collect_memory(), self._collect_seconds()
+        if self.plans:
+            memory["plan"], seconds["plan"] = self._plan_memory(), self._plan_seconds()
+        memory |= {"train": self._train_memory(step), "export": self._export_memory()}
+        seconds["train"] = self._train_seconds(step)
         widest = max(layer.d_in for layer in facts.layers)
         calibration = {
-            "tokens_per_round": min(tokens.rounds, default=0),
-            "rounds": len(tokens.rounds),
+            "tokens_per_round": tokens.rounds[0] if tokens.rounds else 0,
+            "sets": len(tokens.rounds),
             "would_do": _ENOUGH * widest,
-            "enough": min(tokens.rounds, default=0) >= 2 * widest,
+            "enough": bool(tokens.rounds) and tokens.rounds[0] >= 2 * widest,
         }
         above = max((part["device"]["above_weights"] for part in memory.values()), default=0)
         return {
             "model_parameters": facts.parameters,
             "layers": len(facts.layers),
-            "trainable_parameters": trainable,
-            "calibration": calibration if context else None,
+            "trainable_parameters": facts.trainable,
+            "calibration": calibration if tokens.rounds else None,
             "memory": memory,
             "memory_above_weights": {
-                "initialisation": max((memory[s]["device"]["above_weights"] for s in ("collect", "plan") if s in memory),
-                                      default=0),
+                "initialisation": max(
+                    (memory[s]["device"]["above_weights"] for s in ("collect", "plan") if s in memory), default=0
+                ),
                 "any_stage": above,
             },
             "fits": max(part["device"]["total"] for part in memory.values()) <= self.device.memory,
-            "disk": self._disk(trainable),
-            "network": self._network(trainable),
+            "disk": self._disk(),
+            "network": self._network(),
             "seconds": {stage: parts | {"total": sum(parts.values())} for stage, parts in seconds.items()},
             "device": self.device.as_json(),
             "processes": self.processes,
@@ -179,21 +181,26 @@ class _Work:
         end: linalg.End = "largest" if options.mode == "ipm" else "smallest"
         for layer in facts.layers:
             shape = (layer.d_out, layer.d_in)
-            if shape not in self.rehearsed:
-                self.rehearsed[shape] = machine.rehearse_decomposition(
-                    *shape, facts.ranks[layer.name], end, options.exponent, facts.dtype, side_by_side=self.side_by_side
-                )
+            if shape in self.rehearsed:
+                continue
+            found = machine.rehearse_decomposition(
+                *shape, facts.ranks[layer.name], end, options.exponent, facts.dtype, side_by_side=self.side_by_side
+            )
+            if options.mode in TWO_CONTEXTS:  # a second covariance, and an eigenproblem of both
+                more = _FP32 * layer.d_in**2 + 2 * 8 * _eigenproblem(layer, options.mode) ** 2
+                found = replace(found, bytes=found.bytes + more)
+            self.rehearsed[shape] = found
         if self.device.measured:
             slowest = min(found.rate for found in self.rehearsed.values())
             self.device = replace(self.device, solve=slowest)
 
-    def _plan_memory(self, trainable: int) -> dict[str, Any]:
+    def _plan_memory(self) -> dict[str, Any]:
         facts, options = self.facts, self.recipe
         layer = max((found.bytes for found in self.rehearsed.values()), default=0)
         copies = self.device.threads if self.side_by_side else 1
         weights = self._resident(offload=options.context.offload or facts.inputs.quantisation is not None)
         spectra = sum(x.max_rank for x in facts.layers) * _FP32
-        kept = (trainable * _FP32 + spectra) * 2  # once more while they are written
+        kept = (facts.factor_bytes + spectra) * 2  # once more while they are written
         return self._memory({"weights": weights, "work": layer * copies}, {"factors": kept})
 
     def _layer_seconds(self, layer: LayerSpec) -> float:
@@ -202,7 +209,10 @@ class _Work:
         rank = facts.ranks[layer.name]
         rate = self.rehearsed[shape].rate if self.device.measured else self.device.solve
         seconds = decomposition_flops(*shape, rank, options.exponent) / rate
-        rounds = len(facts.tokens.rounds)
+        if options.mode in TWO_CONTEXTS:
+            n = _eigenproblem(layer, options.mode)
+            return (4.0 * layer.d_in**2 * layer.max_rank + 12.0 * n**3) / rate
+        rounds = self.recipe.context.rounds
         if self.recipe.context.selection == "dynamic" or options.allocation == "dynamic":
             candidates = rounds if self.recipe.context.selection == "dynamic" else 1
             seconds += candidates * machine.survey_flops(*shape) / rate
@@ -214,19 +224,16 @@ class _Work:
         read = sum(_packed(g) for g in facts.block_groups()) / self.device.disk / self.processes
         parts = {"decompose": _makespan(layers, self.processes), "read": read}
         if self.processes > 1:
-            parts["gather"] = self._factor_bytes() / self.device.network
+            parts["gather"] = facts.factor_bytes / self.device.network
         return parts
-
-    def _factor_bytes(self) -> int:
-        facts = self.facts
-        return sum((x.d_in + x.d_out) * facts.ranks[x.name] for x in facts.layers) * _FP32
 
     # Train
 
     def _training_step(self) -> Step:
         facts, options = self.facts, self.recipe.training
         batch, row = options.per_device_train_batch_size, facts.tokens.training_row
-        intact = self.recipe.adapter.mode != "lora" and self.recipe.adapter.form(self._four_bit()) == "intact"
+        adapter = self.recipe.adapter
+        intact = adapter.has_start and adapter.form(facts.inputs.quantisation is not None) == "intact"
         return self._rehearsed_pass(
             lambda: training_bytes(
                 facts.build,
@@ -253,17 +260,17 @@ class _Work:
             per_token = (10 * self.facts.hidden + 4 * wide) * self.facts.dtype.itemsize
             return Step(tokens * self.facts.hidden * 8, tokens * per_token, 0)
 
-    def _train_memory(self, step: Step, trainable: int) -> dict[str, Any]:
+    def _train_memory(self, step: Step) -> dict[str, Any]:
         depth = len(self.facts.blocks or self._layer_count())
-        adapters = trainable * _FP32 * (1 if self.recipe.adapter.mode == "lora" else 2)
-        optimiser = trainable * _FP32 * 3  # gradients and two moments
+        adapters = self.facts.factor_bytes * (1 if self.recipe.adapter.mode == "lora" else 2)
+        optimiser = self.facts.trainable * _FP32 * 3  # gradients and two moments
         device = {
             "weights": self._resident(four_bit=True),
             "adapters": adapters,
             "optimiser": optimiser,
             "work": step.peak(depth),
         }
-        host = {"libraries": _TRAINER, "plan": trainable * _FP32} if self.on_cpu else {}
+        host = {"libraries": _TRAINER, "plan": self.facts.factor_bytes} if self.on_cpu else {}
         return self._memory(device, host)
 
     def _layer_count(self) -> range:
@@ -287,10 +294,10 @@ class _Work:
 
     # Export
 
-    def _export_memory(self, trainable: int) -> dict[str, Any]:
+    def _export_memory(self) -> dict[str, Any]:
         weights = 2 * self.facts.weight_bytes()  # the trained model and a fresh base to load the export into
         host = {"libraries": _TRAINER} if self.on_cpu else {}
-        return self._memory({"weights": weights, "adapters": 4 * trainable * _FP32}, host)
+        return self._memory({"weights": weights, "adapters": 4 * self.facts.factor_bytes}, host)
 
     # Shared
 
@@ -311,42 +318,37 @@ class _Work:
         size = facts.weight_bytes(full=not four_bit)
         return size // self.processes + facts.block_bytes() if self.shard and self.processes > 1 else size
 
-    def _disk(self, trainable: int) -> dict[str, int]:
-        facts = self.facts
-        context = recipe_needs_context(self.recipe)
-        covariances = sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds) if context else 0
-        spectra = sum(x.max_rank for x in facts.layers) * _FP32 if context else 0
-        doubled = 1 if self.recipe.adapter.mode == "lora" else 2
+    def _disk(self) -> dict[str, int]:
+        facts, factors = self.facts, self.facts.factor_bytes
+        covariances = sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
+        spectra = sum(x.max_rank for x in facts.layers) * _FP32
+        doubled = 2 if self.recipe.adapter.has_start else 1
         parts = {
             "covariances": covariances,
-            "plan": (trainable * _FP32 + spectra) * 2 if context else 0,  # and its journal until it is done
-            "adapter": trainable * _FP32 * doubled,
-            "checkpoints": trainable * _FP32 * (doubled + 2) if self.recipe.training.save_steps else 0,
-            "export": trainable * _FP32 * doubled,
+            "plan": (factors + spectra) * 2 if self.plans else 0,  # and its journal until it is done
+            "adapter": factors * doubled,
+            "checkpoints": factors * (doubled + 2) if self.recipe.training.save_steps else 0,
+            "export": factors * doubled,
         }
         if self.recipe.export.format in {"residual", "merged"}:
             parts["export"] += facts.weight_bytes(full=True)
         return parts | {"total": sum(parts.values())}
 
-    def _network(self, trainable: int) -> dict[str, int]:
+    def _network(self) -> dict[str, int]:
         """Bytes that each process sends in each stage."""
         if self.processes == 1:
             return {}
         facts, share = self.facts, (self.processes - 1) / self.processes
-        rounds = len(facts.tokens.rounds)
-        reduced = 2 * share * sum(_packed(g) for g in facts.block_groups()) * rounds
+        reduced = 2 * share * sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
         found = {
             "collect": round(reduced),
-            "plan": round(share * self._factor_bytes()),
-            "train_per_step": round(2 * share * trainable * _FP32),
+            "plan": round(share * facts.factor_bytes),
+            "train_per_step": round(2 * share * facts.trainable * _FP32),
         }
         if self.shard:
             found["collect"] += round(share * facts.weight_bytes(full=True))
             found["train_per_step"] += round(2 * share * facts.weight_bytes())
         return found
-
-    def _four_bit(self) -> bool:
-        return self.facts.inputs.quantisation is not None
 
     def _tied(self) -> bool:
         return bool(getattr(self.facts.model.config.get_text_config(), "tie_word_embeddings", False))
@@ -368,9 +370,9 @@ class _Work:
         return found
 
 
-def recipe_needs_context(recipe: Recipe) -> bool:
-    """Whether covariances are collected."""
-    return recipe.context_source() is not None
+def _eigenproblem(layer: LayerSpec, mode: str) -> int:
+    """Size of the one that two contexts pose."""
+    return layer.d_in if mode == "contrast" else layer.max_rank
 
 
 def _half(d: int) -> int:

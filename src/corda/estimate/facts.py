@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from corda import architectures, models
 from corda.context.blocks import find_blocks
-from corda.data.batches import calibration_rounds, encode
+from corda.data.batches import encode
 from corda.errors import DataError, ModelError, ResourceError
 from corda.estimate.rehearse import shared_inputs
 from corda.inputs import Inputs
@@ -22,6 +21,8 @@ from corda.plan.byhand import by_hand
 from corda.plan.make import uniform_rank
 from corda.targets import LayerSpec
 
+_SAMPLES = 256  # where a recipe has no limit and its data cannot be read
+_DRAWN = 4000  # training records that are looked at
 _SCALE_BYTES = {False: 4 / 64, True: 1 / 64 + 4 / (64 * 256)}  # of a 4-bit number's share in its block's scale
 
 
@@ -30,10 +31,10 @@ class Tokens:
     """Lengths of the data in tokens.
 
     Attributes:
-        rounds: Tokens of each calibration round.
+        rounds: Tokens of each calibration set: rounds, sides, held-out records.
         longest_batch: Tokens per row of the longest calibration batch, after padding.
         batches: Of one round.
-        training_row: Tokens per row of the longest batch that training will probably meet.
+        training_row: Tokens per row of the longest batch that training meets.
         training_tokens: Mean tokens of a training batch, with padding.
         training_records: How many there are.
         assumed: What could not be read, and what was assumed for it.
@@ -98,13 +99,26 @@ class Facts:
         return {layer.name: by_hand(options, layer.name).rank or rank for layer in self.layers}
 
     @cached_property
+    def trainable(self) -> int:
+        """Trained parameters."""
+        options = self.recipe.adapter
+        return sum(options.cost(x.d_out, x.d_in) * self.ranks[x.name] for x in self.layers)
+
+    @cached_property
+    def factor_bytes(self) -> int:
+        """Of A and B of every layer, fp32."""
+        return sum((x.d_out + x.d_in) * self.ranks[x.name] for x in self.layers) * 4
+
+    @cached_property
     def groups(self) -> dict[str, list[LayerSpec]]:
         """Distinct inputs and the layers that take each."""
         try:
             of = shared_inputs(self.build, self.layers)
         except Exception as error:  # any model's own code
-            self.notes.append(f"every layer counted with an input of its own: the model does not run without values "
-                              f"({type(error).__name__})")
+            self.notes.append(
+                f"every layer counted with an input of its own: the model does not run without values "
+                f"({type(error).__name__})"
+            )
             of = {layer.name: layer.name for layer in self.layers}
         found: dict[str, list[LayerSpec]] = {}
         for layer in self.layers:
@@ -158,63 +172,54 @@ class Facts:
     @cached_property
     def tokens(self) -> Tokens:
         """From the data where it can be read, else from the recipe's limits."""
-        r, assumed = self.recipe, []
+        r = self.recipe
+        assumed: list[str] = []
+        has_tokenizer = True
         try:
-            tokenizer = self.inputs.tokenizer
+            _ = self.inputs.tokenizer
         except ModelError:
-            tokenizer = None
+            has_tokenizer = False
             assumed.append("no tokenizer beside the model: every sample counted at its full length")
-        rounds, row, batches = self._calibration(tokenizer, assumed)
-        steps = r.training.max_steps if r.training.max_steps > 0 else 1_000_000
-        lengths = self._training_lengths(tokenizer, assumed)
+        rounds, row, batches = self._calibration(has_tokenizer, assumed)
         batch = r.training.per_device_train_batch_size
-        drawn = min(steps * batch * r.training.gradient_accumulation_steps, len(lengths) or 1)
-        probable = lengths[min(len(lengths) - 1, len(lengths) * drawn // (drawn + 1))] if lengths else r.data.max_length
-        typical = _mean_longest(lengths, batch) if lengths else float(r.data.max_length)
-        return Tokens(rounds, row, batches, probable, typical * batch, len(lengths), tuple(assumed))
+        lengths, records = self._drawn_lengths(assumed) if has_tokenizer else ([], 0)
+        longest = [max(lengths[i : i + batch]) for i in range(0, len(lengths), batch)] or [r.data.max_length]
+        return Tokens(rounds, row, batches, max(longest), batch * sum(longest) / len(longest), records, tuple(assumed))
 
-    def _calibration(self, tokenizer: Any, assumed: list[str]) -> tuple[tuple[int, ...], int, int]:
+    def _calibration(self, has_tokenizer: bool, assumed: list[str]) -> tuple[tuple[int, ...], int, int]:
+        """Tokens of each set that is collected, of the longest row, and batches of the first set."""
         r, options = self.recipe, self.recipe.context
-        if r.context_source() is None:
+        sides = r.context_sources()
+        if not sides:
             return (), 0, 0
         try:
-            if tokenizer is None:
-                raise ModelError("no tokenizer")
-            chosen = calibration_rounds(
-                self.inputs.context_records,
-                tokenizer,
-                options.rounds,
-                template=r.data.template,
-                max_length=r.data.max_length,
-                samples=options.samples,
-                tokens=options.tokens,
-                pack_to=options.pack_to,
-                seed=r.seed,
-            )
-        except (DataError, ModelError, ResourceError) as error:
-            if tokenizer is not None:
-                assumed.append(f"the calibration data could not be read ({error.what}): limits of the recipe counted")
-            row = min(options.pack_to or r.data.max_length, r.data.max_length if options.pack_to is None else 1 << 60)
-            limits = [x for x in (options.samples and options.samples * row, options.tokens) if x]
-            count = min(limits) if limits else 256 * row
-            return (count,) * options.rounds, row, -(-count // (row * options.batch_size))
-        rounds = tuple(sum(map(len, part)) for part in chosen)
-        return rounds, max(len(one) for part in chosen for one in part), -(-len(chosen[0]) // options.batch_size)
+            if has_tokenizer:
+                chosen, _ = self.inputs.calibration()
+                sets = tuple(sum(map(len, part)) for part in chosen)
+                row = max(len(one) for part in chosen for one in part)
+                return sets, row, -(-len(chosen[0]) // options.batch_size)
+        except (DataError, ResourceError) as error:
+            assumed.append(f"the calibration data could not be read ({error.what}): limits of the recipe counted")
+        row = options.pack_to or r.data.max_length
+        limits = [x for x in (options.samples and options.samples * row, options.tokens) if x]
+        count = min(limits) if limits else _SAMPLES * row
+        return (count,) * (options.rounds * len(sides)), row, -(-count // (row * options.batch_size))
 
-    def _training_lengths(self, tokenizer: Any, assumed: list[str]) -> list[int]:
+    def _drawn_lengths(self, assumed: list[str]) -> tuple[list[int], int]:
+        """Lengths of the training records in the order that the trainer's sampler draws them in its first epoch."""
         r = self.recipe
-        if tokenizer is None:
-            return []
         try:
             records = self.inputs.learn_records
         except (DataError, ResourceError) as error:
             assumed.append(f"the training data could not be read ({error.what}): rows of data.max_length counted")
-            return []
-        some = records[:: max(1, len(records) // 1000)]
-        return sorted(len(encode(x, tokenizer, template=r.data.template, max_length=r.data.max_length)) for x in some)
-
-
-def _mean_longest(lengths: Sequence[int], batch: int) -> float:
-    """Expected length of the longest of `batch` records, for lengths in ascending order."""
-    n = len(lengths)
-    return sum(x * (((i + 1) / n) ** batch - (i / n) ** batch) for i, x in enumerate(lengths))
+            return [], 0
+        options = r.training
+        step = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        count = min(len(records), _DRAWN, step * options.max_steps if options.max_steps > 0 else len(records))
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(r.seed))[:count].tolist()
+        data = r.data
+        lengths = [
+            len(encode(records[i], self.inputs.tokenizer, template=data.template, max_length=data.max_length))
+            for i in order
+        ]
+        return lengths, len(records)

@@ -25,7 +25,7 @@ _TILE_TOKENS, _TILE_ENTRIES = 4096, 32768
 TILES = {"cpu": 9, "cuda": 2}
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Bytes of the tensors that operations made inside of it and that are still alive; works for fake tensors too.
 
     Attributes:
@@ -34,7 +34,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.now, self.peak = 0, 0
         self._sizes: dict[int, int] = {}
 
@@ -88,9 +88,7 @@ def faked() -> Iterator[None]:
         yield
 
 
-def forward_bytes(
-    build: Callable[[], PreTrainedModel], layers: Sequence[LayerSpec], batch: int, length: int
-) -> Step:
+def forward_bytes(build: Callable[[], PreTrainedModel], layers: Sequence[LayerSpec], batch: int, length: int) -> Step:
     """Working memory of one forward pass through the decoder body, block by block, without gradients.
 
     Args:
@@ -233,8 +231,9 @@ def shared_inputs(build: Callable[[], PreTrainedModel], layers: Sequence[LayerSp
     with faked():
         model = build().eval()
         blocks = [name for name, _ in find_blocks(model.base_model, model, layers) or []]
-        inside = [[layer.name.removeprefix(f"{b}.") for layer in layers if layer.name.startswith(f"{b}.")]
-                  for b in blocks]
+        inside = [
+            [layer.name.removeprefix(f"{b}.") for layer in layers if layer.name.startswith(f"{b}.")] for b in blocks
+        ]
         alike = len(blocks) > 1 and all(names == inside[0] for names in inside)
         if alike:
             _keep(model, layers, 1)
