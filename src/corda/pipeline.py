@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda import artifact, models, training
+from corda import architectures, artifact, models, training
 from corda.bases import Bases
 from corda.context import collect, store
 from corda.context.store import HELD_OUT, Context
@@ -228,13 +228,23 @@ class Stages:
                     probe=self.bases.probe(),
                     records=self.bases.measured_on() if r.export.rank is not None else (),
                     tokenizer=self.inputs.tokenizer,
-                    card=model_card(r, self.plan(), self.inputs.source),
+                    card=self._card(),
                     fingerprint=key,
                 )
             known[key] = self._costs("export")
         known[key] = known.get(key, {}) | exporting.published(done, r.export).as_json()
         artifact.write_json(book, known)
         return dict(known[key])
+
+    def _card(self) -> str:
+        """The export's model card, with the scores that are there already."""
+        found = {kind: self._reusable(kind) for kind in ("before", "after")}
+        before, after = (self._scores(one).values if one else None for one in found.values())
+        curve = artifact.read_json(self.trained().path("curve.json"))
+        steps = curve["step"][-1] if curve["step"] else 0
+        images = architectures.takes_images(self._tuned().get_base_model().config)
+        source = self.inputs.source
+        return model_card(self.recipe, self.plan(), source, before=before, after=after, steps=steps, images=images)
 
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""

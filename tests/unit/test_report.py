@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from corda.errors import ArtifactError
 from corda.reading import parse_recipe
 from corda.report import figures
+from corda.report.errorbars import score_errors
 from corda.report.layers import write_plan_page
 from corda.report.page import write_page
 
@@ -203,7 +206,7 @@ def test_content_is_escaped(compared: str) -> None:
 
 
 def test_needs_no_network_and_is_small(compared: str) -> None:
-    assert len(compared.encode()) <= 6_000_000
+    assert len(compared.encode()) <= 2_500_000
     parsed = _Resources(compared)
     assert parsed.found == ["data:,"]
     assert not parsed.elements & {"iframe", "object", "embed", "img"}
@@ -212,7 +215,9 @@ def test_needs_no_network_and_is_small(compared: str) -> None:
     own = re.sub(r"<script>.*?</script>", "", compared, flags=re.DOTALL)
     assert "http://" not in own
     assert "https://" not in own
-    assert compared.count("plotly.js v") == 1
+    packed = re.findall(r'<script type="text/plain" id="plotly">(.*?)</script>', compared)
+    assert len(packed) == 1
+    assert gzip.decompress(base64.b64decode(packed[0])).count(b"plotly.js v") == 1
 
 
 def test_shows_costs_warnings_and_provenance(compared: str) -> None:
@@ -257,7 +262,7 @@ def test_lora_alone_has_no_spectra(tmp_path: Path) -> None:
 def test_large_models_stay_small(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / mode, mode, blocks=32, size=1024, rank=64) for mode in ("kpm", "ipm", "lora")]
     write_page(runs, tmp_path / "page.html")
-    assert (tmp_path / "page.html").stat().st_size <= 6_000_000
+    assert (tmp_path / "page.html").stat().st_size <= 4_000_000
 
 
 def test_runs_of_one_method_are_told_apart(tmp_path: Path) -> None:
@@ -380,3 +385,33 @@ def test_missing_or_broken_results_are_named(tmp_path: Path) -> None:
 def test_loads_no_model_library() -> None:
     code = "import sys, corda.report.page; sys.exit(bool({'transformers', 'peft', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_error_bars_are_two_standard_errors_in_the_right_rows(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / mode, mode) for mode in ("lora", "kpm")]
+    results = [json.loads((run / "results.json").read_text()) for run in runs]
+    del results[0]["scores"]["after"]["word problems/exact_match"]
+    figure = score_errors(
+        [figures.Run(mode, one) for mode, one in zip(("L", "K"), results, strict=True)], "exact_match"
+    )
+    assert list(figure.layout.yaxis.ticktext) == ["word problems", "world facts"]
+    base, lora, kpm = figure.data
+    assert [round(y) for y in lora.y] == [1]
+    assert [round(y) for y in kpm.y] == [0, 1]
+    assert kpm.x[0] == pytest.approx(100 * results[1]["scores"]["after"]["word problems/exact_match"]["value"])
+    assert kpm.error_x.array[0] == pytest.approx(2 * 100 * 0.049)
+    assert base.name == "base"
+    assert len({*base.y, *lora.y, *kpm.y}) == 5
+
+
+def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / mode, mode, rank=rank) for mode, rank in (("lora", 8), ("kpm", 4))]
+    write_page(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    part = page[page.index("What differs") : page.index("What was asked")]
+    assert "adapter.mode" in part
+    assert "adapter.rank" in part
+    assert "learning_rate" not in part
+    assert "output_dir" not in part
+    write_page(runs[:1], tmp_path / "page.html")
+    assert "What differs" not in (tmp_path / "page.html").read_text()

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import artifact
+from corda.architectures import takes_images
 from corda.errors import AdapterError, ArtifactError
 from corda.exporting import hub
+from corda.exporting.card import CardFacts, hub_card, license_of
 from corda.exporting.check import again, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
 from corda.exporting.update import Compression, is_requantised, read_update, refuse_rank
@@ -51,7 +53,7 @@ def export(
         probe: Keyword arguments of a forward pass; default: 2 x 32 token ids spread over the vocabulary.
         records: Forward passes without padding that the effect of `rank` is measured on; default: the probe.
         tokenizer: Saved beside full weights.
-        card: Text of README.md; default: PEFT's for format lora, else none.
+        card: Text of README.md; default: what can be told without a recipe.
         fingerprint: Of everything that the export depends on; see `finished`.
         settings: Export options by name instead, e.g. format="merged".
 
@@ -110,8 +112,8 @@ def write_checked(
     with full_precision(), artifact.writing(folder, _KIND, work.fingerprint, size=size) as (temporary, manifest):
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # temporary folders are private, an export is not
         done = replace(FORMS[options.format](work, folder, temporary, options), low_rank_fit=low_rank_fit)
-        if work.card is not None:
-            (temporary / _CARD).write_text(work.card, encoding="utf-8")
+        card = hub_card(_told(work), options) if work.card is None else work.card
+        (temporary / _CARD).write_text(card, encoding="utf-8")
         manifest[_KIND] = {key: value for key, value in done.as_json().items() if key != "path"}
     return done
 
@@ -147,6 +149,23 @@ def published(done: Exported, options: ExportOptions) -> Exported:
     manifest[_KIND]["pushed_to"] = options.push_to_hub
     artifact.write_manifest(folder, manifest)
     return replace(done, pushed_to=options.push_to_hub)
+
+
+def _told(work: Work) -> CardFacts:
+    """What is known of an adapter that no recipe made."""
+    update, config = work.update, work.live.get_base_model().config
+    ranks = [factors.A.shape[0] for factors in update.trained.values()]
+    counted = sum(factors.A.numel() + factors.B.numel() for factors in update.trained.values())
+    facts = [("Trained parameters", f"{counted:,} in {len(ranks)} layers")] if ranks else []
+    facts += [("Rank while training", ", ".join(map(str, sorted(set(ranks)))))] if ranks else []
+    base = update.base or str(getattr(config, "_name_or_path", "")) or "the base model"
+    return CardFacts(
+        "CorDA" if update.start else "LoRA",
+        base,
+        images=takes_images(config),
+        license=license_of(base),
+        facts=tuple(facts),
+    )
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -40,7 +40,7 @@ class Work:
         probe: What reloaded logits are compared on.
         records: What the effect of compression is measured on; default: the probe.
         tokenizer: Saved with full weights.
-        card: Text of README.md; default: PEFT's for format lora, else none.
+        card: Text of README.md; default: what can be told without a recipe.
         fingerprint: Of everything that the export depends on.
         requantised: The live model computes with other base weights than the original ones, quantised after the
             start was taken out of them: reloaded logits are compared with the original base and the update instead.
@@ -120,8 +120,6 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
         task_type=update.task_type,
     )
     reloaded = PeftModel.from_pretrained(fresh, str(temporary)).eval()
-    if work.card is None:
-        reloaded.create_or_update_model_card(str(temporary))
     left = 1 if compression is None else 1 - compression.lost_energy
     done = _compared(reloaded, expected, work, folder, options.format, dtype, tolerance, left)
     if compression is not None:

@@ -1,5 +1,15 @@
 "use strict";
-(() => {
+(async () => {
+  try {
+    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
+    const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const library = document.createElement("script");
+    library.textContent = await new Response(unpacked).text();
+    document.head.append(library);
+  } catch {
+    document.getElementById("no-figures").hidden = false;
+    return;
+  }
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const precise = matchMedia("(pointer: fine)").matches;
   const settings = { responsive: true, displayModeBar: false, doubleClick: "reset" };

@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ from safetensors.numpy import load_file
 
 from corda.errors import ArtifactError
 from corda.report import figures
+from corda.report.differences import differences_section
 from corda.report.drift import drift_section
+from corda.report.errorbars import score_figures
 from corda.report.figures import Run
 from corda.report.html import cell, figure, row, section, table, write_document
 from corda.report.layers import layers_section, spectra_files, spectra_section
+from corda.report.metrics import Metric, metric_of, ordered_keys, position, split_key
 from corda.report.table import short_name
 from corda.report.weighed import weighed_section
 
@@ -28,21 +30,6 @@ _STAGES = ("collect", "plan", "before", "train", "after", "export")
 _SECTIONS = ("model", "data", "context", "adapter", "training", "evaluation", "export", "seed", "output_dir")
 
 
-@dataclass(frozen=True)
-class _Metric:
-    label: str
-    short: str
-    better: int  # the sign of an improvement
-    factor: float = 1
-    digits: int = 3
-
-
-_METRICS = {
-    "answer_loss": _Metric("loss, nats per token", "loss", -1),
-    "perplexity": _Metric("perplexity", "perplexity", -1, digits=2),
-    "exact_match": _Metric("exact match, %", "exact match in %", 1, 100, 1),
-    "accuracy": _Metric("accuracy, %", "accuracy in %", 1, 100, 1),
-}
 _VERBS = {
     "learn": {1: "learnt {}", 0: "did not measurably learn {}", -1: "got worse at {}"},
     "keep": {1: "improved on {}", 0: "kept {} within error", -1: "forgot some of {}"},
@@ -104,7 +91,8 @@ def _body(runs: Sequence[Run], title: str) -> list[str]:
         layers_section(runs),
         _answers(runs),
         section("Warnings", *[_warnings(run) for run in runs]),
-        section("What was asked", *[_recipe(run, len(runs) == 1) for run in runs]),
+        differences_section(runs),
+        section("What was asked", *[_recipe(run) for run in runs]),
         _costs(runs),
         _provenance(runs),
     ]
@@ -114,13 +102,13 @@ def _statement(run: Run) -> str:
     """What was learnt and what was forgotten, in one sentence."""
     clauses, seen = [], set()
     tasks = run.results["recipe"]["evaluation"]["tasks"]
-    for key, before in sorted(run.results["scores"]["before"].items(), key=lambda item: _order(item[0], run)):
-        task, metric = _parts(key)
+    for key, before in sorted(run.results["scores"]["before"].items(), key=lambda item: position(item[0], run)):
+        task, name = split_key(key)
         after = run.results["scores"]["after"].get(key)
         if task in seen or after is None:
             continue
         seen.add(task)
-        m, side = _metric(metric), tasks[task]["measures"]
+        m, side = metric_of(name), tasks[task]["measures"]
         change = run.results["scores"]["change"][key]
         values = f"{_number(before['value'], m)} → {_number(after['value'], m)}"
         clauses.append(
@@ -131,13 +119,10 @@ def _statement(run: Run) -> str:
 
 
 def _scores(runs: Sequence[Run]) -> str:
-    keys = dict.fromkeys(
-        key for run in runs for key in sorted(run.results["scores"]["before"], key=lambda k: _order(k, run))
-    )
     rows = []
-    for key in keys:
-        task, metric = _parts(key)
-        m = _metric(metric)
+    for key in ordered_keys(runs):
+        task, name = split_key(key)
+        m = metric_of(name)
         having = [run for run in runs if key in run.results["scores"]["before"]]
         base = having[0].results["scores"]["before"][key]
         side = having[0].results["recipe"]["evaluation"]["tasks"][task]["measures"]
@@ -161,7 +146,7 @@ def _scores(runs: Sequence[Run]) -> str:
         "Mean ± standard error over records. Below it the change from the base, its error that of paired differences "
         "on the same records. A change within two of its errors is called unclear."
     )
-    return section("Scores", table(head, rows), f'<p class="quiet">{note}</p>')
+    return section("Scores", table(head, rows), f'<p class="quiet">{note}</p>', score_figures(runs))
 
 
 def _answers(runs: Sequence[Run]) -> str:
@@ -200,14 +185,13 @@ def _warnings(run: Run) -> str:
     return f"<p>{escape(run.label)}:</p><ul>{items}</ul>" if items else f"<p>{escape(run.label)}: none.</p>"
 
 
-def _recipe(run: Run, opened: bool) -> str:
+def _recipe(run: Run) -> str:
     recipe = run.results["recipe"]
     ordered = {key: recipe[key] for key in (*_SECTIONS, *recipe) if key in recipe}
     text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
     return (
-        f"<details{' open' if opened else ''}><summary>{escape(run.label)}: recipe and command</summary><div>"
-        f"<p>Save this as recipe.yaml and run</p><pre>corda run recipe.yaml</pre><pre>{escape(text)}</pre>"
-        "</div></details>"
+        f"<p>{escape(run.label)}: save the recipe below as recipe.yaml and run</p><pre>corda run recipe.yaml</pre>"
+        f"<details><summary>{escape(run.label)}: recipe</summary><div><pre>{escape(text)}</pre></div></details>"
     )
 
 
@@ -247,35 +231,20 @@ def _facts(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**facts, **made, **packages, "schema of results.json": results["schema"]}
 
 
-def _parts(key: str) -> tuple[str, str]:
-    task, _, metric = key.rpartition("/")
-    return task, metric
-
-
-def _order(key: str, run: Run) -> tuple[bool, str, int]:
-    task, metric = _parts(key)
-    keep = run.results["recipe"]["evaluation"]["tasks"][task]["measures"] == "keep"
-    return keep, task, list(_METRICS).index(metric) if metric in _METRICS else len(_METRICS)
-
-
-def _metric(name: str) -> _Metric:
-    return _METRICS.get(name, _Metric(name, name, 0))
-
-
-def _number(value: float, m: _Metric) -> str:
+def _number(value: float, m: Metric) -> str:
     return f"{value * m.factor:.{m.digits}f}" if math.isfinite(value) else "unknown"
 
 
-def _value(score: Mapping[str, Any], m: _Metric) -> str:
+def _value(score: Mapping[str, Any], m: Metric) -> str:
     return f"{_number(score['value'], m)} ± {_number(score['stderr'], m)}"
 
 
-def _difference(change: Mapping[str, Any], m: _Metric) -> str:
+def _difference(change: Mapping[str, Any], m: Metric) -> str:
     sign = "−" if change["value"] < 0 else "+"
     return f"{sign}{_number(abs(change['value']), m)} ± {_number(change['stderr'], m)}"
 
 
-def _verdict(change: Mapping[str, Any], m: _Metric) -> int:
+def _verdict(change: Mapping[str, Any], m: Metric) -> int:
     """1 better, -1 worse, 0 within two standard errors."""
     return 0 if not abs(change["value"]) > 2 * change["stderr"] else m.better * _sign(change["value"])
 
