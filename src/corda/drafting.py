@@ -84,7 +84,7 @@ def draft(
         keep: The knowledge to keep; without it the mode is ipm.
         learn_test: Held-out records of the task; default: a file beside it that is named like one.
         keep_test: The same for what is to be kept.
-        mode: kpm, ipm or lora; default: kpm with `keep`, else ipm.
+        mode: One of adapter.mode; default: kpm with `keep`, else ipm.
         output_dir: Where the run goes.
         overrides: `key=value` for anything, which win over what is suggested.
         launch: Command named in the first line.
@@ -236,7 +236,7 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
     cut = "; longer ones are cut" if longest > max_length else ""
     notes["data.max_length"] = f"99 % of the records have at most {longest} tokens{cut}"
 
-    source = data["keep" if recipe.adapter.mode == "kpm" else "learn"]
+    source = data["learn" if recipe.adapter.mode in {"ipm", "lora"} else "keep"]
     tokens = min(source["mean"], max_length)
     wanted = math.ceil(_COMFORTABLE * facts["widest_input"] / tokens)
     samples = min(source["records"], max(32, -(-wanted // 8) * 8))

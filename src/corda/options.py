@@ -44,6 +44,10 @@ class ExportOptions(Strict):
         "one random rounding of each adapted layer's output does",
     )
     push_to_hub: str | None = Field(None, description="Hub repository to upload to, e.g. me/adapter, after the check")
+    license: str | None = Field(
+        None,
+        description="for the model card, as the Hub names it, e.g. apache-2.0; default: what the base's card states",
+    )
     hub_private_repo: bool | None = Field(None, description="create that repository private; default: the Hub's own")
 
     @field_validator("push_to_hub")

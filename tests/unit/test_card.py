@@ -94,6 +94,9 @@ def test_hub_names_reach_the_metadata_and_files_do_not():
     assert data["datasets"] == ["openai/gsm8k"]
     assert data["pipeline_tag"] == "image-text-to-text"
     assert "license" not in data
+    assert "Licence: not stated" in hub_card(known, options)
+    stated = ModelCard(hub_card(known, parse_export({"license": "cc-by-4.0"}))).data.to_dict()
+    assert stated["license"] == "cc-by-4.0"
     assert '"me/adapter")' in load_snippet(known, options)
     assert "AutoModelForImageTextToText" in load_snippet(known, options)
 

@@ -86,14 +86,14 @@ def hub_card(known: CardFacts, options: ExportOptions) -> str:
         pipeline_tag="image-text-to-text" if known.images else "text-generation",
         tags=list(dict.fromkeys(["lora", "corda", *known.tags])),
         datasets=[name for name in dict.fromkeys(known.datasets) if hub_id(name)] or None,
-        license=known.license,
+        license=options.license or known.license,
         metrics=list(dict.fromkeys(_METRICS[score.metric] for score in known.scores)) or None,
         model_name=title if known.scores else None,
         eval_results=[_result(score) for score in known.scores] or None,
         base_model_relation=_RELATION.get(options.format) if hub_id(known.base) else None,
     )
     base = (Path(known.base).name if _is_path(known.base) else known.base) + (f" ({known.note})" if known.note else "")
-    licence = known.license or "not stated; the licences of the base model and of the data apply"
+    licence = options.license or known.license or "not stated; the licences of the base model and of the data apply"
     facts = [("Base model", base), *known.facts, ("Licence", licence)]
     parts = [
         f"# {title}",
