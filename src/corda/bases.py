@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import adapter, models
-from corda.data.batches import encode
+from corda.data.batches import encode, pad_id, padded
 from corda.errors import CheckError
 from corda.exporting.check import probe_logits
 from corda.inputs import Inputs
 from corda.offload import LazyWeights, empty_model
 from corda.plan.plan import Plan
+from corda.processing import takes_images
 from corda.quantization import round_trip
 from corda.recipe import ModelOptions
 
@@ -109,10 +110,15 @@ class Bases:
 
     def probe(self) -> dict[str, Tensor]:
         """A few training records of one length, (B, L): what logits are compared on."""
+        processing, template = self.inputs.tokenizer, self.recipe.data.template
+        visual = takes_images(processing)  # whose tokens cannot be cut to one length
         rows = [
-            encode(record, self.inputs.tokenizer, template=self.recipe.data.template, max_length=64)
+            encode(record, processing, template=template, max_length=None if visual else 64)
             for record in self.inputs.learn_records[:4]
         ]
+        if visual:
+            batch = padded(rows, pad_id(processing))
+            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
         width = min(len(row) for row in rows)
         ids = torch.tensor([row.ids[:width] for row in rows])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -121,5 +127,7 @@ class Bases:
         """Some records of what the context came from and of the training data, one by one, without padding."""
         data = self.recipe.data
         records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
-        rows = [encode(record, self.inputs.tokenizer, template=data.template, max_length=256) for record in records]
-        return [{"input_ids": torch.tensor([row.ids])} for row in rows]
+        processing = self.inputs.tokenizer
+        limit = None if takes_images(processing) else 256
+        rows = [encode(record, processing, template=data.template, max_length=limit) for record in records]
+        return [{"input_ids": torch.tensor([row.ids]), **(padded([row], 0).more or {})} for row in rows]

@@ -11,7 +11,7 @@ from typing import Any
 from corda import artifact, models, quantization
 from corda.context.store import HELD_OUT
 from corda.data import sources
-from corda.data.batches import Encoded, calibration_rounds, drawing_order, load_records
+from corda.data.batches import Encoded, calibration_rounds, drawing_order, encode, load_records
 from corda.data.formats import Record, render
 from corda.errors import DataError, RecipeError
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
@@ -19,6 +19,7 @@ from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
 from corda.plan.byhand import by_hand, check_ranks_by_hand
 from corda.plan.make import uniform_rank
+from corda.processing import takes_images
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
 from corda.training import trainer_arguments
@@ -43,7 +44,8 @@ class Inputs:
     @cached_property
     def targets(self) -> list[LayerSpec]:
         """Target layers, found on a model without weights."""
-        return find_targets(models.skeleton(self.source, self.recipe.model), self.recipe.adapter.target_modules)
+        model, adapter = models.skeleton(self.source, self.recipe.model), self.recipe.adapter
+        return find_targets(model, adapter.target_modules, adapter.towers)
 
     @cached_property
     def quantisation(self) -> models.Quantisation | None:
@@ -126,7 +128,7 @@ class Inputs:
             [[side, identify(source)] for side, source in r.context_sources().items()],
             r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection", "held_out"}),
             r.context.held_out if r.metered else 0,
-            r.adapter.target_modules,
+            [r.adapter.target_modules, r.adapter.towers],
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})
         chosen = [context, r.context.selection] if r.context_source() else None
@@ -169,6 +171,29 @@ class Inputs:
         if options.push_to_hub is not None:
             refuse_without_token(options.push_to_hub)
 
+    def _check_images(self, used: Mapping[str, Sequence[Record]]) -> None:
+        """Refuse what is not done for models of images and text, and images that do not fit data.max_length."""
+        if not takes_images(self.tokenizer):
+            return
+        recipe = self.recipe
+        for key, wrong in (
+            ("context.pack_to", recipe.context.pack_to is not None),
+            ("context.offload", recipe.context.offload),
+            ("model.load_in_4bit", self.quantisation is not None),
+        ):
+            if wrong:
+                raise RecipeError("this is not done for a model of images and text", where=key, fix="leave it out")
+        for origin, records in used.items():
+            shown = next((record for record in records if record.images), None)
+            limit = recipe.data.max_length
+            if shown and not len(encode(shown, self.tokenizer, template=recipe.data.template, max_length=limit)):
+                raise RecipeError(
+                    f"the images of a record in {origin} are more tokens than a record may have",
+                    where="data.max_length",
+                    got=limit,
+                    fix="raise it",
+                )
+
     def check(self) -> dict[str, Any]:
         """Everything that can be found wrong before a weight is loaded.
 
@@ -200,6 +225,7 @@ class Inputs:
         for records in used.values():
             for record in records[:100]:
                 render(record, self.tokenizer, self.recipe.data.template)
+        self._check_images(used)
         allocated = self.recipe.adapter.allocation == "dynamic" and any(
             by_hand(self.recipe.adapter, t.name).rank is None for t in targets
         )

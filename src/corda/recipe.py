@@ -21,6 +21,7 @@ Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
+Tower = Literal["language", "vision", "projector"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
 
 TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
@@ -147,6 +148,11 @@ class AdapterOptions(Strict):
     correction_rounds: PositiveInt = Field(1, description="of quantising and refitting")
     target_modules: str | list[str] = Field(
         "all-linear", description="all-linear (all but the output head), names, or a regular expression"
+    )
+    towers: list[Tower] | None = Field(
+        None,
+        description="of a vision-language model, where target_modules looks: language, vision, projector; "
+        "default: language",
     )
 
     @field_validator("exponent")
@@ -325,6 +331,8 @@ class Recipe(Strict):
         if self.export.format == "residual" and not self.adapter.has_start:
             raise ValueError(f"export.format residual needs initial factors, which mode {mode} has not")
         adapter = self.adapter
+        if self.context.positions == "response" and {"vision", "projector"} & set(adapter.towers or ()):
+            raise ValueError("patches of an image are no response: set context.positions to 'all' for these towers")
         if self.model.load_in_4bit and adapter.lora_dropout > 0 and adapter.form(four_bit=True) == "residual":
             raise ValueError("lora_dropout with a 4-bit residual base drops components of it: use base 'intact'")
         if self.model.load_in_4bit and self.export.format in {"residual", "merged"}:

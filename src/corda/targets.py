@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from corda.errors import TargetError
+from corda.recipe import Tower
+from corda.towers import tower_of, towers
 
 Kind = Literal["linear", "conv1d"]
 
@@ -44,28 +47,36 @@ class LayerSpec:
 
 
 def adaptable_layers(model: nn.Module) -> list[LayerSpec]:
-    """Every nn.Linear and Conv1D in module order, the output head among them."""
+    """Every nn.Linear and Conv1D in module order, the output head among them.
+
+    The inner projection of nn.MultiheadAttention is none: it is never called, only its weight is read.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             found.append(LayerSpec(name, "conv1d", module.weight.shape[1], module.weight.shape[0]))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
             found.append(LayerSpec(name, "linear", module.out_features, module.in_features))
     return found
 
 
-def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-linear") -> list[LayerSpec]:
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = "all-linear",
+    where: Sequence[Tower] | None = None,
+) -> list[LayerSpec]:
     """The layers that `target_modules` names, in module order.
 
     Args:
         model: Any transformers model, before or without PEFT.
         target_modules: "all-linear" (all but the output head); a list of names, where "q_proj" matches every layer
             whose dotted name ends in it; or one regular expression that has to match the full dotted name.
+        where: Towers of a vision-language model that are looked at; default: the language model.
 
     Raises:
         TargetError: nothing matched, or one name of the list matched nothing; lists what there is.
     """
-    layers = adaptable_layers(model)
+    layers = _of_towers(model, adaptable_layers(model), where)
     if not layers:
         raise TargetError("the model has no linear layer to adapt", where=type(model).__name__)
     if target_modules == "all-linear":
@@ -88,6 +99,30 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str] = "all-li
         chosen = [layer for layer in layers if any(_ends_in(layer.name, t) for t in target_modules)]
     if not chosen:
         raise _nothing_matched(layers, [str(target_modules)])
+    return chosen
+
+
+def _of_towers(model: nn.Module, layers: list[LayerSpec], where: Sequence[Tower] | None) -> list[LayerSpec]:
+    found = towers(model)
+    if not found:
+        if where is not None:
+            raise TargetError(
+                "only a vision-language model has towers",
+                where="adapter.towers",
+                got=f"{list(where)} for {type(model).__name__}",
+                fix="leave towers out",
+            )
+        return layers
+    wanted = set(where) if where is not None else {"language"}
+    chosen = [layer for layer in layers if tower_of(layer.name, found) in wanted]
+    if not chosen:
+        raise TargetError(
+            "the towers have no linear layer to adapt",
+            where="adapter.towers",
+            got=", ".join(sorted(wanted)),
+            expected=", ".join(sorted({tower_of(layer.name, found) for layer in layers})),
+            fix="name another tower",
+        )
     return chosen
 
 

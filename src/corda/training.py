@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from corda import checkpoints
 from corda.data.batches import Encoded
+from corda.data.images import training_rows
 from corda.distributed import world
 from corda.drift import DriftMeter, Watch
 from corda.errors import DataError, RecipeError
@@ -57,7 +58,7 @@ class Curve:
 
 def train(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     encoded: Sequence[Encoded],
     options: TrainingOptions,
     *,
@@ -71,7 +72,7 @@ def train(
 
     Args:
         model: From `attach`.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; for a model of images and text, its processor.
         encoded: Training records.
         options: TRL's fields.
         folder: For checkpoints and logs; a checkpoint there with the same fingerprint is continued.
@@ -83,18 +84,10 @@ def train(
     Raises:
         DataError: no record has a response token.
     """
-    from datasets import Dataset
     from trl import SFTTrainer
 
-    rows = [
-        {
-            "input_ids": list(one.ids),
-            "labels": [t if r else _IGNORED for t, r in zip(one.ids, one.response, strict=True)],
-        }
-        for one in encoded
-        if any(one.response)
-    ]
-    if not rows:
+    learnt = [one for one in encoded if any(one.response)]
+    if not learnt:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
     processes = world()
     found = checkpoints.last(folder, fingerprint) if processes.first and options.resume_from_checkpoint else None
@@ -106,7 +99,7 @@ def train(
     arguments = trainer_arguments(options, folder, seed, next(model.parameters()).device)
     with _undisturbed(model):
         trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+            model=model, args=arguments, train_dataset=_dataset(learnt, arguments), processing_class=tokenizer
         )
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
@@ -142,6 +135,26 @@ def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = 
         tuple(float(e["drift_rms"]) for e in read),
         tuple(float(e["drift_held_out"]) for e in read if "drift_held_out" in e),
         stopped,
+    )
+
+
+def _dataset(learnt: Sequence[Encoded], arguments: Any) -> Any:
+    """What TRL trains on: tokens with labels, or with images prompts and completions that it processes itself."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    visuals = [one.visual for one in learnt if one.visual is not None]
+    if any(visual.images for visual in visuals):
+        arguments.completion_only_loss, arguments.max_length = True, visuals[0].max_length
+        features = Features({"prompt": Value("string"), "completion": Value("string"), "images": List(Image())})
+        return Dataset.from_list(training_rows(visuals), features=features)
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": list(one.ids),
+                "labels": [t if r else _IGNORED for t, r in zip(one.ids, one.response, strict=True)],
+            }
+            for one in learnt
+        ]
     )
 
 

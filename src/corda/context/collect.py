@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from corda import artifact
 from corda.context.blocks import find_blocks
@@ -15,21 +15,24 @@ from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.masks import followed
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
+from corda.context.vision import embedded, patches_counted, refuse_response_only
 from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
 from corda.offload import LazyWeights
 from corda.progress import Progress, silent
+from corda.recipe import Tower
 from corda.targets import LayerSpec, find_targets
 
 
 def collect(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     records: Sequence[str | dict[str, Any]],
     *,
     target_modules: str | Sequence[str] = "all-linear",
+    towers: Sequence[Tower] | None = None,
     samples: int | None = 256,
     tokens: int | None = None,
     pack_to: int | None = None,
@@ -46,9 +49,11 @@ def collect(
 
     Args:
         model: Any transformers model; left as it was, whatever happens.
-        tokenizer: Its tokenizer.
-        records: Texts, or dicts of any format in `data.formats`.
+        tokenizer: Its tokenizer; for a model of images and text, its processor.
+        records: Texts, or dicts of any format in `data.formats`, with an `image` or `images`
+            where the model takes them.
         target_modules: As in `find_targets`.
+        towers: Of a vision-language model, where they are looked for; default: the language model.
         samples: Records drawn for each round (windows with pack_to).
         tokens: Limit in tokens, for each round.
         pack_to: Window length in tokens; attention does not cross records.
@@ -84,7 +89,7 @@ def collect(
     return collect_encoded(
         model,
         chosen,
-        find_targets(model, target_modules),
+        find_targets(model, target_modules, towers),
         pad_token_id=pad_id(tokenizer),
         batch_size=batch_size,
         response_only=positions == "response",
@@ -133,8 +138,21 @@ def collect_encoded(
     rounds = [
         list(batches(part, pad_token_id, batch_size, response_only=response_only)) for part in _as_rounds(encoded)
     ]
+    if response_only:
+        refuse_response_only(model, layers)
     body = _body(model, layers)
+    why = "the targets do not all lie in one list of blocks"
+    if stream and rounds and rounds[0][0].more is not None:  # images: only the language model is run block by block
+        body, why = model.get_decoder(), "the targets do not all lie in the blocks of the language model"
     blocks = find_blocks(body, model, layers) if stream else None
+    if blocks is not None and rounds[0][0].more is not None:
+        place = device or next(model.parameters()).device
+        entering = [embedded(model, parts, place) for parts in rounds]
+        ready = [parts for parts in entering if parts is not None]
+        if len(ready) == len(rounds):
+            rounds = ready
+        else:
+            blocks, why = None, "the language model takes more than embeddings from the vision encoder"
     notes: list[str] = []
     if blocks is not None:
         found = list(
@@ -159,7 +177,8 @@ def collect_encoded(
                 fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
             )
         if stream:
-            notes.append("collected whole, not in blocks: the targets do not all lie in one list of blocks")
+            notes.append(f"collected whole, not in blocks: {why}")
+            body = _body(model, layers)
         found = []
         for r, parts in enumerate(rounds):
             found.append(_whole(model, body, progress(parts, "collect", len(parts)), layers, r))
@@ -207,7 +226,7 @@ def _whole(
 ) -> Captured:
     capture = Capture(layers)
     device = next(model.parameters()).device
-    with hooked(model, capture):
+    with hooked(model, capture), patches_counted(model, capture):
         for cpu_batch in parts:
             batch = cpu_batch.to(device)
             with capture.batch(batch.counts):
@@ -220,8 +239,12 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     """Keyword arguments of a decoder body for a batch.
 
     Packed rows go without a mask: from positions that start again, transformers makes one that keeps records (and the
-    pads behind them) apart, in the form that each layer's attention wants, windows included.
+    pads behind them) apart, in the form that each layer's attention wants, windows included. A model of images and
+    text makes its own positions.
     """
+    if batch.more is not None:
+        tokens = {} if "inputs_embeds" in batch.more else {"input_ids": batch.input_ids}
+        return tokens | {"attention_mask": batch.attention_mask, "use_cache": False, **batch.more}
     return {
         "input_ids": batch.input_ids,
         "attention_mask": None if batch.packed else batch.attention_mask,

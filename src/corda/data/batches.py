@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from corda.data import images
 from corda.data.formats import Record, Segment, Template, render, to_records
-from corda.data.sources import read_records
+from corda.data.sources import local_file, read_records
 from corda.errors import DataError
+from corda.processing import takes_images, tokenizer_of
 from corda.recipe import DataSource
 
 
@@ -24,11 +26,15 @@ class Encoded:
         ids: Token ids, length L.
         response: Which of them the model has to produce, length L.
         starts: Where each packed record begins; (0,) for a single record.
+        kinds: For a model of images and text, more numbers per token that it takes, length L each.
+        visual: For a model of images and text, where the pixels come from.
     """
 
     ids: tuple[int, ...]
     response: tuple[bool, ...]
     starts: tuple[int, ...] = (0,)
+    kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    visual: images.Visual | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,6 +50,8 @@ class Batch:
         position_ids: (B, L) int64, counted from 0 in each record and again in the pads behind.
         counts: (B, L) bool, the tokens whose activations count.
         packed: Some row holds several records.
+        more: For a model of images and text, what else it takes: pixels, and numbers per token; None for a model of
+            text alone.
     """
 
     input_ids: Tensor
@@ -51,6 +59,7 @@ class Batch:
     position_ids: Tensor
     counts: Tensor
     packed: bool
+    more: Mapping[str, Tensor] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -60,6 +69,7 @@ class Batch:
             self.position_ids.to(device),
             self.counts.to(device),
             self.packed,
+            None if self.more is None else {name: value.to(device) for name, value in self.more.items()},
         )
 
 
@@ -69,26 +79,45 @@ def load_records(source: DataSource, data_dir: Path | None, seed: int) -> list[R
     Raises:
         DataError: see `read_records` and `to_records`.
     """
-    return to_records(read_records(source, data_dir, seed), source.format, source.columns, source.dataset)
+    raw, file = read_records(source, data_dir, seed), local_file(source, data_dir)
+    return to_records(raw, source.format, source.columns, source.dataset, file.parent if file else None)
 
 
 def encode(
     record: Record,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     *,
     template: Template = "plain",
     max_length: int | None = None,
     shots: Sequence[Record] = (),
     end: bool = True,
 ) -> Encoded:
-    """Tokenise a record segment by segment, so that prompt and answer never share a token; see `render`."""
-    return encode_segments(render(record, tokenizer, template, shots, end=end), tokenizer, max_length)
+    """Tokenise a record segment by segment, so that prompt and answer never share a token; see `render`.
+
+    With a processor of images and text, a record whose images do not fit into `max_length` has no tokens.
+    """
+    shown = [image for one in (*shots, record) for image in one.images]
+    return encode_segments(render(record, tokenizer, template, shots, end=end), tokenizer, max_length, shown)
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    segments: Sequence[Segment], tokenizer: Any, max_length: int | None = None, shown: Sequence[Any] = ()
 ) -> Encoded:
-    """Token ids of segments, cut at the end to `max_length`; with a first token where the tokenizer adds one."""
+    """Token ids of segments, cut at the end to `max_length`; with a first token where the tokenizer adds one.
+
+    Args:
+        segments: Rendered text.
+        tokenizer: Or a processor of images and text.
+        max_length: In tokens.
+        shown: The images that the text has marks for.
+    """
+    if takes_images(tokenizer):
+        inner = tokenizer_of(tokenizer)
+        if segments and _adds_bos(inner) and not segments[0].text.startswith(str(inner.bos_token)):
+            segments = [Segment(f"{inner.bos_token}{segments[0].text}", segments[0].response), *segments[1:]]
+        visual = images.Visual(tokenizer, tuple(segments), tuple(shown), max_length)
+        found = images.tokens(visual)
+        return Encoded(found.ids, found.response, kinds=found.kinds, visual=visual)
     ids: list[int] = []
     response: list[bool] = []
     for index, segment in enumerate(segments):
@@ -104,7 +133,7 @@ def encode_segments(
 
 def calibration_rounds(
     records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     rounds: int = 1,
     *,
     template: Template = "plain",
@@ -147,6 +176,12 @@ def calibration_rounds(
                 break
             room = None if tokens is None else tokens - used
             limit = min(x for x in (max_length, pack_to, room) if x is not None)
+            if pack_to and takes_images(tokenizer):
+                raise DataError(
+                    "records are not packed for a model of images and text",
+                    where="context.pack_to",
+                    fix="leave pack_to out; context.tokens limits their number",
+                )
             one = encode(records[index], tokenizer, template=template, max_length=limit)
             if len(one):
                 chosen.append(one)
@@ -199,23 +234,29 @@ def batches(
     """
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     for start in range(0, len(order), batch_size):
-        yield _batch([encoded[i] for i in order[start : start + batch_size]], pad_token_id, response_only, padding_side)
+        rows = [encoded[i] for i in order[start : start + batch_size]]
+        yield padded(rows, pad_token_id, response_only=response_only, padding_side=padding_side)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: Any) -> int:
     """The padding token, or any token where there is none: pads are masked out."""
+    tokenizer = tokenizer_of(tokenizer)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
     return 0
 
 
-def _batch(rows: Sequence[Encoded], pad: int, response_only: bool, side: str) -> Batch:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+def padded(
+    rows: Sequence[Encoded], pad_token_id: int, *, response_only: bool = False, padding_side: str = "right"
+) -> Batch:
+    """One batch of these records, in their order; see `batches`."""
+    width, side = max(map(len, rows)), padding_side
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     positions = torch.zeros_like(ids)
     counts = torch.zeros_like(ids, dtype=torch.bool)
+    kinds = {name: torch.zeros_like(ids) for row in rows for name in row.kinds}
     for r, row in enumerate(rows):
         place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
         ids[r, place] = torch.tensor(row.ids)
@@ -225,10 +266,14 @@ def _batch(rows: Sequence[Encoded], pad: int, response_only: bool, side: str) ->
             positions[r, len(row) :] = torch.arange(width - len(row))
         positions[r, place] = torch.cat([torch.arange(b - a) for a, b in zip(row.starts, ends, strict=True)])
         counts[r, place] = torch.tensor(row.response) if response_only else True
-    return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows))
+        for name, values in row.kinds.items():
+            kinds[name][r, place] = torch.tensor(values)
+    seen = [row.visual for row in rows if row.visual is not None]
+    more = {**kinds, **images.joined([one.pixels() for one in seen])} if seen else None
+    return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows), more)
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _adds_bos(tokenizer: Any) -> bool:
     if tokenizer.bos_token_id is None:
         return False
     probe = tokenizer("a")["input_ids"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
+from corda.data import pictures
 from corda.errors import DataError
+from corda.processing import framed_mark, takes_images, tokenizer_of
 
 Template = Literal["plain", "chat"]
 
@@ -45,6 +46,7 @@ class Record:
         answers: Accepted short answers, the first the canonical one.
         is_text: Running text, all of which counts.
         choices: For multiple choice, the options; `label` is the right one's index.
+        images: Paths, bytes or PIL images, in the order of their marks in prompt and turns.
     """
 
     prompt: str
@@ -55,11 +57,15 @@ class Record:
     choices: tuple[str, ...] = ()
     label: int = -1
     always_chat: bool = field(default=False)
+    images: tuple[Any, ...] = ()
 
     @property
     def key(self) -> str:
-        """Prompt (or text) in lower case without punctuation and spacing: equal keys are the same record."""
-        return re.sub(r"\W+", " ", (self.prompt or self.response).lower()).strip()
+        """Prompt (or text) in lower case without punctuation and spacing, and what the images are: equal keys are the
+        same record.
+        """
+        text = re.sub(r"\W+", " ", (self.prompt or self.response).lower()).strip()
+        return " ".join([text, *(pictures.digest(image) for image in self.images)])
 
 
 def to_records(
@@ -67,6 +73,7 @@ def to_records(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     where: str = "data",
+    folder: Path | None = None,
 ) -> list[Record]:
     """Convert raw records.
 
@@ -75,6 +82,7 @@ def to_records(
         format: One of the recipe's record formats; "auto" decides on the fields of the first record.
         columns: From a format's field to the name that the data uses.
         where: Named in messages.
+        folder: Where relative paths of images start.
 
     Raises:
         DataError: the fields fit no format, or a record has an empty or wrongly typed field.
@@ -91,7 +99,9 @@ def to_records(
         if missing:
             raise _no_format(raw[number - 1], f"{where}, record {number}", f"format {format}: {', '.join(missing)}")
         try:
-            records.append(_CONVERTERS[format](record))
+            one, images = _CONVERTERS[format](record), pictures.given(record, folder)
+            changed = pictures.placed(one.prompt, one.response, one.turns, one.is_text, images) if images else {}
+            records.append(replace(one, **changed))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(
                 f"a record does not fit the format {format}",
@@ -103,7 +113,7 @@ def to_records(
 
 def render(
     record: Record,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     template: Template,
     shots: Sequence[Record] = (),
     *,
@@ -113,21 +123,30 @@ def render(
 
     Args:
         record: What to render.
-        tokenizer: For the chat template and the end-of-sequence token.
+        tokenizer: Or processor, for the chat template and the end-of-sequence token.
         template: "plain", or "chat" for the tokenizer's chat template (conversations always use it).
         shots: Solved examples put in front, none of which counts as a response.
         end: Whether the response includes the mark that ends it. Training needs it; an answer's loss does not count
             it, because a base model that was shown examples expects the next example there.
 
     Raises:
-        DataError: the chat template is missing or does not render turn by turn.
+        DataError: the chat template is missing or does not render turn by turn, or images for a model that takes none.
     """
+    visual, marked = takes_images(tokenizer), bool(record.images) or any(shot.images for shot in shots)
+    if marked and not visual:
+        raise DataError(
+            "the records have images, and the model takes none",
+            where=type(tokenizer).__name__,
+            fix="use a vision-language model, or drop the column with the images",
+        )
     if record.is_text:
         return [Segment(record.response, True)]
-    mark = (tokenizer.eos_token or "") if end else ""
+    mark = (tokenizer_of(tokenizer).eos_token or "") if end else ""
     if template == "plain" and not record.always_chat:
         context = "".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots)
-        return [Segment(context + record.prompt, False), Segment(record.response + mark, True)]
+        prompt = context + record.prompt
+        prompt = prompt.replace(pictures.MARK, framed_mark(tokenizer)) if marked else prompt
+        return [Segment(prompt, False), Segment(record.response + mark, True)]
     if not tokenizer.chat_template:
         raise DataError(
             "the tokenizer has no chat template",
@@ -139,11 +158,15 @@ def render(
     first_learnt = len(messages) - len(record.turns)
     segments: list[Segment] = []
     done = ""
+    # Processors' templates go through a list of parts; a string they would take apart letter by letter.
+    shown: list[dict[str, Any]] = [
+        m | {"content": pictures.parts(m["content"], marked)} if visual else dict(m) for m in messages
+    ]
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_learnt:
             continue
-        before = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+        before = str(tokenizer.apply_chat_template(shown[:index], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(shown[: index + 1], tokenize=False))
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
                 "the chat template changes earlier turns when a later one is added",
@@ -226,7 +249,7 @@ def _prompt_completion(record: Mapping[str, Any]) -> Record:
 
 
 def _messages(record: Mapping[str, Any]) -> Record:
-    turns = tuple((m["role"], _text(m["content"], "content")) for m in record["messages"])
+    turns = tuple((m["role"], _text(pictures.flat(m["content"]), "content")) for m in record["messages"])
     return _conversation(turns)
 
 

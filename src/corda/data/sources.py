@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corda import artifact
+from corda.data import pictures
 from corda.errors import DataError
 from corda.recipe import DataSource
 
@@ -62,14 +63,18 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
 
 
 def identity(source: DataSource, data_dir: Path | None, seed: int) -> dict[str, Any]:
-    """What a source's records depend on: its settings and, for a local file, the file's bytes."""
+    """What a source's records depend on: its settings and, for a local file, its bytes and those of its images."""
     path = local_file(source, data_dir)
     drawn = {"seed": seed} if source.max_records is not None else {}
     if path is None:
         return source.model_dump(mode="json") | drawn
     # The content counts, not where it lies.
     settings = source.model_dump(mode="json", include={"format", "columns", "max_records", "part"})
-    return settings | drawn | {"sha256": artifact.file_hash(path)}
+    facts = settings | drawn | {"sha256": artifact.file_hash(path)}
+    files = pictures.files(read_records(source, data_dir, seed), source.columns, path.parent)
+    return facts | (
+        {"images": artifact.fingerprint({name: artifact.file_hash(p) for name, p in files.items()})} if files else {}
+    )
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +96,7 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         table = datasets.load_dataset(_FILES[path.suffix], data_files=str(path), split="train")
     except Exception as error:  # datasets raises whatever its readers raise
         raise DataError("the data file cannot be read", where=str(path), got=str(error).splitlines()[0]) from None
-    return [dict(record) for record in table]
+    return [dict(record) for record in pictures.undecoded(table)]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -129,4 +134,4 @@ def _from_hub(source: DataSource) -> list[dict[str, Any]]:
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
             fix="check the id, split and network, or give a local file",
         ) from None
-    return [dict(record) for record in table]
+    return [dict(record) for record in pictures.undecoded(table)]

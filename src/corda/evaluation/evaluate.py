@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from corda.data.batches import encode, load_records, pad_id
 from corda.data.formats import Record
@@ -126,7 +125,7 @@ def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) 
 
 def evaluate(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     tasks: Sequence[Task],
     recipe: Recipe,
     progress: Progress = silent,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from corda.data.batches import encode_segments, pad_id
+from corda.data.batches import Encoded, encode_segments, pad_id, padded
 from corda.data.formats import Record, Segment, Template, render
 from corda.evaluation.scores import Score, mean
+from corda.processing import tokenizer_of
 from corda.progress import Progress, silent
 
 
@@ -41,7 +42,7 @@ class Answer:
 
 def exact_match(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     records: Sequence[Record],
     *,
     template: Template,
@@ -58,7 +59,7 @@ def exact_match(
 
     Args:
         model: Any causal language model of transformers.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer or processor.
         records: Questions with accepted answers.
         template: "plain" or "chat".
         shots: Solved examples in front of each question.
@@ -68,9 +69,7 @@ def exact_match(
         batch_size: Rows; does not change the result.
         progress: Shows how far it is.
     """
-    prompts = [
-        "".join(segment.text for segment in render(record, tokenizer, template, shots)[:-1]) for record in records
-    ]
+    prompts = [prompt(record, tokenizer, template, shots) for record in records]
     texts = generate(model, tokenizer, prompts, list(stop), max_new_tokens, batch_size, progress)
     answers = []
     for record, text in zip(records, texts, strict=True):
@@ -80,11 +79,18 @@ def exact_match(
     return mean([float(answer.right) for answer in answers]), answers
 
 
+def prompt(record: Record, tokenizer: Any, template: Template, shots: Sequence[Record] = ()) -> Encoded:
+    """A record up to its answer, with its images."""
+    text = "".join(segment.text for segment in render(record, tokenizer, template, shots)[:-1])
+    shown = [image for one in (*shots, record) for image in one.images]
+    return encode_segments([Segment(text, False)], tokenizer, shown=shown)
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[Encoded],
     stop: Sequence[str],
     max_new_tokens: int,
     batch_size: int,
@@ -94,16 +100,16 @@ def generate(
 
     Args:
         model: Any causal language model of transformers.
-        tokenizer: Its tokenizer; the model's end-of-sequence token ends a row too.
-        prompts: Rendered text, special tokens and all.
+        tokenizer: Its tokenizer or processor; the model's end-of-sequence token ends a row too.
+        prompts: Rendered text, special tokens and all; or the same with images, encoded.
         stop: Strings that end a row; they are looked for after leading white space.
         max_new_tokens: Limit in tokens.
         batch_size: Rows per call, neighbours in length, padded on the left.
         progress: Shows how far it is.
     """
     device = next(model.parameters()).device
-    ids = [encode_segments([Segment(prompt, False)], tokenizer).ids for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    given = [encode_segments([Segment(p, False)], tokenizer) if isinstance(p, str) else p for p in prompts]
+    order = sorted(range(len(given)), key=lambda i: (-len(given[i]), i))
     pad = pad_id(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -115,21 +121,21 @@ def generate(
         eos_token_id=end_tokens(model, tokenizer),
         stop_strings=[s for s in stop if s.strip()] or None,
     )
-    texts = [""] * len(ids)
+    texts = [""] * len(given)
     starts = range(0, len(order), batch_size)
     for start in progress(starts, "generate", len(starts)):
         rows = order[start : start + batch_size]
-        width = max(len(ids[i]) for i in rows)
-        tokens = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for r, i in enumerate(rows):
-            tokens[r, width - len(ids[i]) :] = torch.tensor(ids[i])
-            mask[r, width - len(ids[i]) :] = 1
+        batch = padded([given[i] for i in rows], pad, padding_side="left").to(device)
+        width = batch.input_ids.shape[1]
         out = model.generate(  # type: ignore[operator]
-            input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=config, tokenizer=tokenizer
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=config,
+            tokenizer=tokenizer_of(tokenizer),
+            **(batch.more or {}),
         )
         for r, i in enumerate(rows):
-            texts[i] = _cut(tokenizer.decode(out[r, width:], skip_special_tokens=True), stop)
+            texts[i] = _cut(tokenizer_of(tokenizer).decode(out[r, width:], skip_special_tokens=True), stop)
     return texts
 
 
@@ -141,11 +147,11 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: chat models often have one for the turn besides the tokenizer's own."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = known if isinstance(known, list) else [known]
-    return sorted({int(token) for token in (*known, tokenizer.eos_token_id) if token is not None})
+    return sorted({int(token) for token in (*known, tokenizer_of(tokenizer).eos_token_id) if token is not None})
 
 
 def _final(text: str, after: str | None) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from corda.data.batches import Encoded, batches, encode_segments
 from corda.data.formats import Record, Segment
@@ -34,7 +34,11 @@ def token_losses(
         slot = torch.zeros(batch.input_ids.shape[1], dtype=torch.long, device=device)
         slot[kept] = torch.arange(len(kept), device=device)
         logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=kept
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            logits_to_keep=kept,
+            **(batch.more or {}),
         ).logits
         for row in range(batch.input_ids.shape[0]):
             wanted = batch.counts[row, 1:].nonzero()[:, 0]
@@ -55,7 +59,7 @@ def answer_loss(
 
 def perplexity(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     records: Sequence[Record],
     pad_token_id: int,
     batch_size: int,
@@ -78,7 +82,7 @@ def perplexity(
 
 def choice_accuracy(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     records: Sequence[Record],
     pad_token_id: int,
     batch_size: int,
