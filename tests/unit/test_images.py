@@ -54,7 +54,7 @@ def test_parts_of_messages_are_images_and_text():
     [one] = to_records([raw])
     assert one.turns == (("user", "<image>What is it?"), ("assistant", "a square"))
     raw["messages"][0]["content"] = [{"type": "video"}]
-    with pytest.raises(DataError, match="video.*expected text and image"):
+    with pytest.raises(DataError, match=r"video.*expected text and image"):
         to_records([raw])
 
 
