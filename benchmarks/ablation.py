@@ -15,7 +15,7 @@ from typing import Any
 from harness import RESULTS
 
 from corda import artifact, pipeline
-from corda.recipe import load_recipe
+from corda.reading import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 VARIANTS = ("corda", "selection", "allocation", "both")
@@ -47,14 +47,22 @@ def one(variant: str, seed: int, data_dir: str, output: Path, more: list[str]) -
     return run
 
 
-def main(data_dir: str, seeds: int, steps: int, output: Path) -> None:
+def main(
+    data_dir: str, seeds: int, blocks: str, steps: int, samples: int, records: tuple[int, int], output: Path
+) -> None:
     """Every variant with every seed."""
     more = [
+        rf"adapter.target_modules='model\.layers\.({blocks})\..*'",
         f"training.max_steps={steps}",
+        "training.per_device_train_batch_size=2",
+        "training.learning_rate=0.0004",
+        "evaluation.tasks.nq_open.shots=0",
+        f"context.samples={samples}",
         "evaluation.tasks.gsm8k.metrics=[answer_loss]",
         "evaluation.tasks.nq_open.metrics=[answer_loss]",
-        "evaluation.tasks.gsm8k.dataset.max_records=128",
-        "evaluation.tasks.nq_open.dataset.max_records=400",
+        f"evaluation.tasks.gsm8k.dataset.max_records={records[0]}",
+        f"evaluation.tasks.nq_open.dataset.max_records={records[1]}",
+        "export.format=none",
     ]
     output.mkdir(parents=True, exist_ok=True)
     runs = [one(variant, seed, data_dir, output, more) for seed in range(seeds) for variant in VARIANTS]
@@ -79,6 +87,7 @@ def main(data_dir: str, seeds: int, steps: int, output: Path) -> None:
         {
             "name": "ablation-smollm2",
             "device": where["device"],
+            "settings_beyond_the_recipes": more,
             "parameters_max_over_min": max(budgets) / min(budgets),
             "table": table,
             "runs": runs,
@@ -91,7 +100,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data_dir")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--blocks", default="[0-9]+", help="regular expression of the blocks adapted")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=128, help="calibration records per round")
+    parser.add_argument("--records", type=int, nargs=2, default=(96, 300), help="held-out records of GSM8K and NQ-open")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     given = parser.parse_args()
-    main(given.data_dir, given.seeds, given.steps, given.output)
+    main(given.data_dir, given.seeds, given.blocks, given.steps, given.samples, tuple(given.records), given.output)

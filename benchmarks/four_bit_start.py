@@ -14,6 +14,8 @@ import functools
 import importlib.util
 import inspect
 import math
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +148,15 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
     layers = find_targets(model, "all-linear" if name == "smollm2" else r"encoder\..*")
     context = collect_encoded(model, [calibration, held_out], layers, pad_token_id=0, batch_size=4)
     squares: dict[str, dict[str, float]] = {}
-    weights: dict[str, dict[str, Tensor]] = {}
+    folder = Path(tempfile.mkdtemp(prefix="four-bit-start-"))  # all methods' weights: too many for memory
     with torch.no_grad(), full_precision():
         for done, layer in enumerate(layers):
             W = weight_of(model, layer).clone()
-            for method, start in starts(W, context.covariance(layer.name, 0), rank).items():
+            found = starts(W, context.covariance(layer.name, 0), rank)
+            for method, start in found.items():
                 _add(squares, method, start - W, context, layer)
-                weights.setdefault(method, {})[layer.name] = start
+            if name == "smollm2":
+                torch.save(found, folder / layer.name)
             if done % 20 == 0:
                 print(f"{done}/{len(layers)} layers", flush=True)
     plain = squares["plain NF4 (QLoRA)"]
@@ -165,10 +169,11 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
         table["full precision"] = {"output_calibration": 0.0, "output_held_out": 0.0, "weight": 0.0} | {
             f"{task}_loss": value for task, value in full.items()
         }
-        for method, own in weights.items():
+        for method in squares:
             with torch.no_grad():
                 for layer in layers:
-                    model.get_submodule(layer.name).weight.copy_(own[layer.name])
+                    stored = torch.load(folder / layer.name, mmap=True)
+                    model.get_submodule(layer.name).weight.copy_(stored[method])
             table[method] |= {f"{task}_loss": loss(model, rows) for task, rows in texts.items()}
             print(method, table[method], flush=True)
         base = table["plain NF4 (QLoRA)"]
@@ -176,6 +181,7 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
             for task in texts:
                 gap = base[f"{task}_loss"] - full[task]
                 own[f"{task}_gap_closed"] = 1 - (own[f"{task}_loss"] - full[task]) / gap
+    shutil.rmtree(folder)
     where = artifact.provenance()
     label = f"four-bit-start-{name}" + ("-tuned" if tuned else "") + (f"-r{rank}" if rank != 32 else "")
     artifact.write_json(

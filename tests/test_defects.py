@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.metadata
+import itertools
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -21,9 +25,11 @@ from corda.data.formats import to_records
 from corda.errors import CalibrationError, PlanError, TargetError
 from corda.exporting.convert import convert
 from corda.metric import Metric, damping
+from corda.models import Quantisation, load
 from corda.options import ExportOptions
 from corda.plan.make import make_plan
-from corda.reading import parse_recipe
+from corda.quantization import round_trip
+from corda.reading import parse_adapter, parse_recipe
 from corda.recipe import ModelOptions
 from corda.targets import find_targets
 
@@ -153,6 +159,60 @@ def test_defect_13_too_few_tokens_is_said(model, tokenizer, texts):
     assert all(0.5 < layer.norm_ratio < 2 for layer in plan.layers)  # balance equal keeps the factors alike
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_defect_14_a_bf16_base_does_not_drift(tokenizer, texts):
+    """Intact: not by a bit. Residual: rounding W - BA moves logits as it does in PEFT's form; ours says by how much."""
+    drifts: dict[str, list[float]] = {"peft": [], "residual": [], "intact": []}
+    for seed, mode in itertools.product(range(3), ("kpm", "ipm")):
+        base = llama(seed).to(torch.bfloat16)
+        start = logits(base).float()
+        context = collect(base, tokenizer, texts[:10])
+        models = {"peft": peft_corda(copy.deepcopy(base), tokenizer, texts[:10], mode)}
+        for form in ("residual", "intact"):
+            own = copy.deepcopy(base)
+            models[form] = attach(own, make_plan(own, context, mode=mode, rank=8), base=form)
+        for name, model in models.items():
+            drifts[name].append(float((logits(model).float() - start).norm() / start.norm()))
+    assert max(drifts["intact"]) == 0
+    assert 0 < sum(drifts["residual"]) < 1.1 * sum(drifts["peft"])
+
+
+def test_defect_14_a_residual_bf16_base_prints_its_drift(raw_recipe, tmp_path):
+    raw_recipe["model"]["dtype"] = "bfloat16"
+    raw_recipe["training"] |= {"max_steps": 1, "bf16": False}
+    raw_recipe["evaluation"]["tasks"] = {}
+    raw_recipe["export"] = {"format": "none"}
+    raw_recipe["adapter"] |= {"mode": "ipm", "base": "residual"}
+    results = pipeline.run(parse_recipe(raw_recipe))
+    drift = results["step0"]["max_relative_logit_difference"]
+    assert 1e-4 < drift < 0.1
+    assert f"moved the logits by {100 * drift:.2g} % of the largest" in " ".join(results["warnings"])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "base residual moved the logits by" in page
+
+
+def peft_corda(model, tokenizer, texts, mode):
+    """PEFT's own two calls."""
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=mode),
+    )
+
+    def run():
+        with torch.no_grad():
+            for text in texts:
+                model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"])
+
+    preprocess_corda(model, config, run_model=run)
+    return get_peft_model(model, config).eval()
+
+
 def test_defect_15_train_mode_and_hooks_are_put_back(model, tokenizer, texts):
     model.train()
     collect(model, tokenizer, texts[:3])
@@ -240,3 +300,31 @@ def test_defect_19_no_normaliser_that_depends_on_the_batch(model, tokenizer, tex
     t1, t2 = (c.tokens[c.groups[name]] for c in (first, second))
     mixed = (t1 * first.covariance(name) + t2 * second.covariance(name)) / (t1 + t2)
     assert float((mixed - whole.covariance(name)).norm() / mixed.norm()) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize("base", ["residual", "intact"])
+def test_defect_20_a_4bit_base(pico, tokenizer, texts, tmp_path, base):
+    """Decomposed in full precision, attached to 4-bit weights, saved as a plain LoRA of the base it is for."""
+    pytest.importorskip("bitsandbytes")
+    full = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32).eval()
+    four_bit = load(ModelOptions(model_name_or_path=str(pico), load_in_4bit=True, device="cpu")).model
+    if base == "residual":
+        theirs = load(ModelOptions(model_name_or_path=str(pico), load_in_4bit=True, device="cpu")).model
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # packed codes taken for a weight
+            peft_corda(theirs, tokenizer, texts[:10], "ipm")
+    plain = logits(four_bit)
+    quantise = functools.partial(round_trip, kind=Quantisation("nf4", False, False), dtype=torch.float32)
+    options = parse_adapter({"mode": "ipm", "rank": 8, "base": base})
+    plan = make_plan(full, collect(full, tokenizer, texts), options, quantise=quantise)
+    wrapped = attach(four_bit, plan, weights=dict(full.named_parameters()).__getitem__)
+    off = float((logits(wrapped) - logits(full)).norm() / (plain - logits(full)).norm())
+    assert off == 1 if base == "intact" else 0 < off < 0.9
+    move(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    again = full if base == "residual" else load(ModelOptions(model_name_or_path=str(pico), load_in_4bit=True)).model
+    start = logits(again)
+    reloaded = PeftModel.from_pretrained(again, str(tmp_path / "a")).eval()
+    assert relative_difference(logits(reloaded), start) > 1e-3
+    if base == "intact":
+        assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5

@@ -153,7 +153,7 @@ def attach(
                 place = inner.weight.device
                 requantise(inner, W.to(place) - B.to(place) @ A.to(place))
             else:
-                inner.weight -= module.get_delta_weight(INITIAL).to(inner.weight.dtype)
+                inner.weight.copy_(inner.weight.float() - module.get_delta_weight(INITIAL).float())  # rounded once
     if plan.options.freezes_a:
         freeze_a(wrapped)
     wrapped.train(model.training)

@@ -166,8 +166,11 @@ class Inputs:
             ResourceError: an upload is asked for and there is no access token.
         """
         options = self.recipe.export
-        doubled = options.format == "lora" and self.recipe.adapter.has_start
-        refuse_rank({name: rank * (2 if doubled else 1) for name, rank in ranks.items()}, options)
+        adapter, exported = self.recipe.adapter, options.format
+        doubled = exported == "lora" and adapter.has_start
+        carries = adapter.correction == "frozen" and (exported == "residual" or adapter.base == "intact")
+        more = (adapter.correction_rank or adapter.rank) if carries else 0
+        refuse_rank({name: rank * (2 if doubled else 1) + more for name, rank in ranks.items()}, options)
         if options.push_to_hub is not None:
             refuse_without_token(options.push_to_hub)
 
@@ -205,12 +208,12 @@ class Inputs:
         if self.quantisation is not None:
             quantization.require()
             form = self.recipe.adapter.form(four_bit=True)
-            if self.quantisation.stored and form == "residual" and self.recipe.export.format != "none":
+            if form == "intact" and self.recipe.export.format == "residual":
                 raise RecipeError(
-                    "a checkpoint that is stored in 4 bits has no base in full precision to export an adapter for",
+                    "an intact 4-bit base has no residual form",
                     where="export.format",
-                    got=self.recipe.export.format,
-                    fix="set adapter.base: intact, or export.format: none",
+                    got="residual",
+                    fix="set adapter.base: residual, or export.format: lora or merged",
                 )
         rank = uniform_rank(targets, self.recipe.adapter)
         ranks = {t.name: by_hand(self.recipe.adapter, t.name).rank or rank for t in targets}

@@ -115,7 +115,7 @@ def load(options: ModelOptions) -> Loaded:
     if kind is None:
         model = model.to(device)
     else:
-        _keep_exact(model)
+        keep_exact(model)
     return Loaded(model.eval(), tokenizer, source)
 
 
@@ -231,8 +231,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CORDA_CACHE", default))
 
 
-def _keep_exact(model: PreTrainedModel) -> None:
-    """On CPUs with bf16 instructions bitsandbytes repacks 4-bit weights at the first forward pass without gradients,
+def keep_exact(model: PreTrainedModel) -> None:
+    """Switch off what would change a freshly loaded 4-bit model's weights.
+
+    On CPUs with bf16 instructions bitsandbytes repacks 4-bit weights at the first forward pass without gradients,
     with scales and activations rounded to bf16 and no exact way back: a model would then be measured with other
     weights than it is trained with.
     """

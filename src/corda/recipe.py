@@ -335,8 +335,6 @@ class Recipe(Strict):
             raise ValueError("patches of an image are no response: set context.positions to 'all' for these towers")
         if self.model.load_in_4bit and adapter.lora_dropout > 0 and adapter.form(four_bit=True) == "residual":
             raise ValueError("lora_dropout with a 4-bit residual base drops components of it: use base 'intact'")
-        if self.model.load_in_4bit and self.export.format in {"residual", "merged"}:
-            raise ValueError(f"export.format {self.export.format} writes full weights, which a 4-bit model has not")
         return self
 
     @model_validator(mode="after")

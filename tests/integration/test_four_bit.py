@@ -6,8 +6,19 @@ import pytest
 
 pytest.importorskip("bitsandbytes")
 
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from corda import pipeline
+from corda.adapter import relative_difference
+from corda.errors import RecipeError
+from corda.models import keep_exact
 from corda.reading import parse_recipe
+from corda.report.table import plan_table
+
+IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
 
 
 def four_bit(raw_recipe, **adapter):
@@ -45,3 +56,87 @@ def test_a_run_on_a_4bit_base(raw_recipe, mode, base, correction, rounds):
         assert results["step0"]["max_relative_logit_difference"] == 0
     else:
         assert errors["output_ratio"] < 0.9
+    page = (recipe.output_dir / "report.html").read_text(encoding="utf-8")
+    assert "Q(W): output error" in page
+    first = results["plan"]["layers"][0]["quantised"]
+    assert f"{100 * first['output_start'] / first['output_norm']:.3g} %" in page
+    console = Console(width=200, record=True)
+    console.print(plan_table(results["plan"]))
+    text = console.export_text()
+    assert f"{errors['output_ratio']:.3g} of plain quantisation's" in text
+    assert f"{100 * first['weight_plain'] / first['weight_norm']:.2g}" in text
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def exported(raw_recipe, form, output, **more):
+    """The run's export in that form, what was trained, and the folder."""
+    raw_recipe["export"] = {"format": form, "output": str(output), **more}
+    with pipeline.opened(parse_recipe(raw_recipe)) as stages:
+        facts = stages.exported()
+        live = logits(stages._tuned())
+    return facts, live
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_residual_and_merged_exports_of_a_requantised_base(raw_recipe, pico, tmp_path, stored):
+    raw_recipe["evaluation"]["tasks"] = {}
+    raw_recipe["model"]["load_in_4bit"] = not stored
+    raw_recipe["adapter"] |= {"correction": "frozen", "correction_rank": 2, "correction_rounds": 2}
+    if stored:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        packed = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32, quantization_config=config)
+        packed.save_pretrained(tmp_path / "packed")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "packed" / name).write_bytes((pico / name).read_bytes())
+        raw_recipe["model"]["model_name_or_path"] = str(tmp_path / "packed")
+    facts, live = exported(raw_recipe, "residual", tmp_path / "residual")
+    assert facts["dtype"] == "nf4"
+    assert facts["rank"] == 4 + 2
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "residual", dtype=torch.float32)
+    keep_exact(base)
+    assert base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    reloaded = PeftModel.from_pretrained(base, str(tmp_path / "residual" / "adapter"))
+    assert relative_difference(logits(reloaded), live) <= 1e-5
+
+    facts, _ = exported(raw_recipe, "merged", tmp_path / "merged")
+    assert facts["notes"][0].startswith("the weights are de-quantised" if stored else "the weights are those in full")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert getattr(merged.config, "quantization_config", None) is None
+    assert facts["update_kept"] == pytest.approx(1, abs=1e-3)
+    assert 0 < facts["from_trained"] < 1
+
+    exported(raw_recipe, "lora", tmp_path / "lora")
+    source = AutoModelForCausalLM.from_pretrained(raw_recipe["model"]["model_name_or_path"], dtype=torch.float32)
+    keep_exact(source)
+    plain = PeftModel.from_pretrained(source, str(tmp_path / "lora"))
+    assert relative_difference(logits(plain), logits(merged)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["kpm", "lora"])
+def test_merged_export_of_an_intact_4bit_base_leaves_the_correction_out(raw_recipe, pico, tmp_path, mode):
+    raw_recipe["evaluation"]["tasks"] = {}
+    raw_recipe["model"]["load_in_4bit"] = True
+    raw_recipe["adapter"] |= {"mode": mode, "base": "intact"} | ({"correction": "frozen"} if mode == "kpm" else {})
+    raw_recipe["training"]["learning_rate"] = 1e-6  # next to nothing learned: what is left is the base
+    exported(raw_recipe, "merged", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    full = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
+    assert 0 < relative_difference(logits(merged), logits(full)) < 1e-2
+
+
+def test_an_intact_4bit_base_has_no_residual_export(raw_recipe):
+    recipe = four_bit(raw_recipe, mode="ipm", base="intact")
+    recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"format": "residual"})})
+    with pytest.raises(RecipeError, match="an intact 4-bit base has no residual form"):
+        pipeline.run(recipe)
+
+
+def test_a_frozen_correction_counts_in_the_rank_of_a_residual_export(raw_recipe):
+    raw_recipe["export"] = {"format": "residual", "max_rank": 8}
+    recipe = four_bit(raw_recipe, mode="ipm", correction="frozen", correction_rank=5)
+    with pytest.raises(RecipeError, match=r"larger rank than export\.max_rank"):
+        pipeline.run(recipe)

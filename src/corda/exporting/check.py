@@ -15,6 +15,7 @@ from corda import architectures
 from corda.adapter import relative_difference
 from corda.errors import CheckError, ModelError
 from corda.exporting.update import Factors
+from corda.models import keep_exact
 
 # Largest max |reloaded - live| / max |live| for a base in fp32, where only the order of sums changes.
 EXACT = 1e-5
@@ -136,8 +137,12 @@ def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path | s
     return load
 
 
-def again(base: PreTrainedModel) -> Callable[[], PreTrainedModel]:
+def again(base: PreTrainedModel, *, as_it_is: bool = False) -> Callable[[], PreTrainedModel]:
     """What loads the original weights of a model once more, from where it came.
+
+    Args:
+        base: The model.
+        as_it_is: Quantise them as `base` is quantised, instead of loading them as they are stored.
 
     Raises:
         ModelError: it did not come from anywhere.
@@ -146,11 +151,14 @@ def again(base: PreTrainedModel) -> Callable[[], PreTrainedModel]:
     if not base.name_or_path:
         raise ModelError("the base model has no path to load it from again", fix="give export a `fresh_base`")
     revision = getattr(base.config, "_commit_hash", None)
+    kind = getattr(base.config, "quantization_config", None) if as_it_is else None
+    more: dict[str, Any] = {"quantization_config": kind, "device_map": {"": parameter.device}} if kind else {}
 
     def load() -> PreTrainedModel:
         model: PreTrainedModel = type(base).from_pretrained(
-            base.name_or_path, dtype=parameter.dtype, revision=revision or "main"
+            base.name_or_path, dtype=parameter.dtype, revision=revision or "main", **more
         )
-        return model.to(parameter.device).eval()
+        keep_exact(model)
+        return (model if more else model.to(parameter.device)).eval()
 
     return load

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.architectures import takes_images
 from corda.errors import AdapterError, ArtifactError
-from corda.exporting import hub
+from corda.exporting import four_bit, hub
 from corda.exporting.card import CardFacts, hub_card, license_of
 from corda.exporting.check import again, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
-from corda.exporting.update import Compression, is_requantised, read_update, refuse_rank
+from corda.exporting.update import Compression, has_4bit_base, is_requantised, read_update, refuse_rank
 from corda.metric import full_precision
 from corda.options import ExportOptions
 from corda.reading import parse_export
@@ -48,8 +48,8 @@ def export(
         model: From `attach`, trained; unchanged.
         folder: Where to; must not hold anything but an earlier export.
         options: Export options.
-        fresh_base: Loads the original base once more, for a 4-bit residual base in full precision; default: from the
-            path that the model came from.
+        fresh_base: Loads the original base once more, in full precision for format merged and for a 4-bit residual
+            base; default: from the path that the model came from.
         probe: Keyword arguments of a forward pass; default: 2 x 32 token ids spread over the vocabulary.
         records: Forward passes without padding that the effect of `rank` is measured on; default: the probe.
         tokenizer: Saved beside full weights.
@@ -73,13 +73,14 @@ def export(
         work = Work(
             read_update(model),
             model,
-            fresh_base or again(base),
+            fresh_base or again(base, as_it_is=options.format == "lora" and not is_requantised(model)),
             probe or spread_probe(base),
             records,
             tokenizer,
             card,
             fingerprint,
             requantised=is_requantised(model),
+            four_bit=has_4bit_base(model),
         )
         return published(write_checked(work, Path(folder), options), options)
     finally:
@@ -105,13 +106,16 @@ def write_checked(
         raise AdapterError("there is nothing to export", got=f"format {options.format!r}", expected=", ".join(FORMS))
     if options.format == "residual" and not update.start:
         raise AdapterError("there is no residual base without initial factors", fix="export format lora or merged")
-    terms = update.trained if options.format == "residual" else update.added
+    if options.format == "residual" and work.four_bit and not work.requantised:
+        raise AdapterError("an intact 4-bit base has no residual form", fix="export format lora or merged")
+    terms = update.on_residual if options.format == "residual" else update.added
     refuse_rank({name: pair.A.shape[0] for name, pair in terms.items()}, options)
     _refuse_foreign(folder)
     size = sum(4 * factor.numel() for pair in terms.values() for factor in pair)
     with full_precision(), artifact.writing(folder, _KIND, work.fingerprint, size=size) as (temporary, manifest):
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # temporary folders are private, an export is not
-        done = replace(FORMS[options.format](work, folder, temporary, options), low_rank_fit=low_rank_fit)
+        write = (FORMS | four_bit.FORMS if work.four_bit else FORMS)[options.format]
+        done = replace(write(work, folder, temporary, options), low_rank_fit=low_rank_fit)
         card = hub_card(_told(work), options) if work.card is None else work.card
         (temporary / _CARD).write_text(card, encoding="utf-8")
         manifest[_KIND] = {key: value for key, value in done.as_json().items() if key != "path"}
@@ -132,6 +136,7 @@ def finished(folder: Path, fingerprint: str) -> Exported | None:
     facts = dict(found.manifest[_KIND])
     for key in ("compression", "low_rank_fit"):
         facts[key] = Compression(**facts[key]) if facts[key] else None
+    facts["notes"] = tuple(facts.get("notes", ()))
     return Exported(path=str(folder), **facts)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import artifact
+from corda.adapter import relative_difference
 from corda.exporting.check import (
     added,
     allowed,
@@ -22,7 +23,7 @@ from corda.exporting.check import (
     reloader,
 )
 from corda.exporting.kept import confirm_kept, update_kept
-from corda.exporting.update import Compression, Update, approximate
+from corda.exporting.update import Compression, Factors, Update, approximate
 from corda.exporting.write import layer_of, shift_weights, write_lora, write_model
 from corda.options import ExportOptions
 
@@ -44,6 +45,7 @@ class Work:
         fingerprint: Of everything that the export depends on.
         requantised: The live model computes with other base weights than the original ones, quantised after the
             start was taken out of them: reloaded logits are compared with the original base and the update instead.
+        four_bit: Its base is in 4 bits, requantised or not.
     """
 
     update: Update
@@ -55,6 +57,7 @@ class Work:
     card: str | None = None
     fingerprint: str = ""
     requantised: bool = False
+    four_bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class Exported:
         compression: What `export.rank` lost; None for an exact export. See `Compression`.
         low_rank_fit: For an adapter converted with its residual base, how well rank 2r holds their difference.
         pushed_to: The Hub repository that it was uploaded to.
+        from_trained: For an export on other weights than the 4-bit ones that were trained on:
+            max |reloaded - trained| / max |trained| over the probe's logits, mostly what 4 bits cost.
+        notes: What a person should know of it.
     """
 
     format: str
@@ -88,6 +94,8 @@ class Exported:
     compression: Compression | None = None
     low_rank_fit: Compression | None = None
     pushed_to: str | None = None
+    from_trained: float | None = None
+    notes: Sequence[str] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Plain dict."""
@@ -97,19 +105,15 @@ class Exported:
 def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
     """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
     fresh, update = work.fresh_base(), work.update
-    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     factors, compression = update.added, None
-    if work.requantised:
-        with added(fresh, factors):
-            expected = probe_logits(fresh, work.probe)
-    else:
-        expected = probe_logits(work.live, work.probe)
+    trained = probe_logits(work.live, work.probe)
+    expected = with_update(fresh, factors, work.probe) if work.requantised else trained
     if options.rank is not None:
         with added(fresh, factors):  # that they are right is checked before anything is left out of them
             confirm(probe_logits(fresh, work.probe), expected, tolerance, folder)
         factors, compression = approximate(factors, options.rank)
-        with added(fresh, factors):
-            expected = probe_logits(fresh, work.probe)
+        expected = with_update(fresh, factors, work.probe)
     rank = write_lora(
         temporary,
         factors,
@@ -126,15 +130,16 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
         records = work.records or [work.probe]
         apart, tokens = largest_difference(reloaded, work.live, records)
         compression = compression.measured(apart, len(records), tokens)
-    return replace(done, rank=rank, layout=options.layout, compression=compression)
+    from_trained = relative_difference(expected, trained) if work.requantised else None
+    return replace(done, rank=rank, layout=options.layout, compression=compression, from_trained=from_trained)
 
 
 def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
     """The papers' form: the model W - s B0 A0 in the folder, and the rank-r adapter s B A in `adapter/` inside it."""
     fresh, update = work.fresh_base(), work.update
-    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     shift_weights(fresh, update.start, -1)
-    artifact.need_disk(folder, _bytes(fresh))
+    artifact.need_disk(folder, size_of(fresh))
     write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
     load = reloader(fresh, update.task_type)
     del fresh
@@ -155,9 +160,9 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
 def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
     """Full weights W + s (B A - B0 A0), summed in fp32 and rounded once to the base's dtype."""
     fresh, update = work.fresh_base(), work.update
-    tolerance, dtype = _tolerance(fresh, work, options), fresh.dtype
+    tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     shift_weights(fresh, update.added)
-    artifact.need_disk(folder, _bytes(fresh))
+    artifact.need_disk(folder, size_of(fresh))
     write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
     load = reloader(fresh, update.task_type)
     del fresh
@@ -173,7 +178,14 @@ FORMS: dict[str, Callable[[Work, Path, Path, ExportOptions], Exported]] = {
 }
 
 
-def _tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> float:
+def with_update(base: PreTrainedModel, factors: Mapping[str, Factors], probe: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the base with an update that is computed without PEFT."""
+    with added(base, factors):
+        return probe_logits(base, probe)
+
+
+def agreed_tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> float:
+    """What a reloaded logit may be off by: as asked, or by the base's dtype."""
     for name in work.update.added:
         layer_of(fresh, name)
     return options.tolerance or allowed(fresh, work.update.added, work.probe)
@@ -195,5 +207,6 @@ def _compared(
     return Exported(form, str(folder), str(dtype).removeprefix("torch."), found, tolerance, kept)
 
 
-def _bytes(model: PreTrainedModel) -> int:
+def size_of(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters."""
     return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -53,12 +53,14 @@ def confirm_kept(kept: float | None, expected: float, dtype: torch.dtype, form: 
 
 
 def kept_warning(exported: Mapping[str, Any]) -> list[str]:
-    """A note for a form that rounds away much of the update; from an export as JSON."""
+    """What a person should know of an export as JSON; that it rounds away much of the update, for one."""
+    notes = list(exported.get("notes", ()))
     kept = exported.get("update_kept")
     if kept is None or exported["compression"] or abs(kept - 1) <= _WORTH_A_WARNING:
-        return []
+        return notes
     return [
-        f"the {exported['format']} export holds {100 * kept:.3g} % of the update: {exported['dtype']} rounds the rest"
+        *notes,
+        f"the {exported['format']} export holds {100 * kept:.3g} % of the update: {exported['dtype']} rounds the rest",
     ]
 
 

@@ -38,6 +38,7 @@ class Update:
         added: ΔW = s (B A - B0 A0), rank 2r; or s B A for plain LoRA; and the correction of an intact 4-bit base.
         trained: s B A, rank r.
         start: s B0 A0, rank r; empty for plain LoRA.
+        frozen: The correction that a requantised 4-bit layer carries beside its adapter.
         base: Hub id or path of the original base.
         revision: Its Hub revision.
         task_type: PEFT's, e.g. "CAUSAL_LM".
@@ -46,9 +47,20 @@ class Update:
     added: Mapping[str, Factors]
     trained: Mapping[str, Factors] = field(default_factory=dict)
     start: Mapping[str, Factors] = field(default_factory=dict)
+    frozen: Mapping[str, Factors] = field(default_factory=dict)
     base: str | None = None
     revision: str | None = None
     task_type: str | None = None
+
+    @property
+    def on_residual(self) -> dict[str, Factors]:
+        """What a layer adds to its residual weight: s B A, and where there is one the correction, stacked."""
+        return {n: stack(pair, self.frozen[n]) if n in self.frozen else pair for n, pair in self.trained.items()}
+
+    @property
+    def learned(self) -> dict[str, Factors]:
+        """s (B A - B0 A0), or plain LoRA's s B A, without a correction: for weights that have no error of 4 bits."""
+        return {n: subtract(pair, self.start[n]) if n in self.start else pair for n, pair in self.trained.items()}
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Compression:
 
 def read_update(model: PeftModel) -> Update:
     """The trained update of a model from `attach`, whichever form its base has."""
-    trained, start, added = {}, {}, {}
+    trained, start, added, frozen = {}, {}, {}, {}
     for name, module in model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer) or TRAINED not in module.lora_A:
             continue
@@ -92,11 +104,19 @@ def read_update(model: PeftModel) -> Update:
         if INITIAL in module.lora_A:
             start[name] = _folded(module, INITIAL)
             added[name] = subtract(now, start[name])
-        if CORRECTION in module.lora_A and not isinstance(module.lora_variant[TRAINED], Corrected):
-            A, B = _folded(module, CORRECTION)  # of Q(W), which stays the base; elsewhere W needs none
-            added[name] = Factors(torch.cat([added[name].A, A]), torch.cat([added[name].B, B], dim=1))
+        if CORRECTION in module.lora_A:
+            correction = _folded(module, CORRECTION)
+            if isinstance(module.lora_variant[TRAINED], Corrected):
+                frozen[name] = correction  # of Q(W'), which an export on W leaves behind
+            else:
+                added[name] = stack(added[name], correction)  # of Q(W), which stays the base
     config = model.peft_config[TRAINED]
-    return Update(added, trained, start, config.base_model_name_or_path, config.revision, config.task_type)
+    return Update(added, trained, start, frozen, config.base_model_name_or_path, config.revision, config.task_type)
+
+
+def has_4bit_base(model: PeftModel) -> bool:
+    """Whether some adapted layer's weight is held in 4 bits."""
+    return any(isinstance(m, LoraLayer) and is_4bit(m.get_base_layer()) for m in model.modules())
 
 
 def is_requantised(model: PeftModel) -> bool:
@@ -108,6 +128,11 @@ def is_requantised(model: PeftModel) -> bool:
         and type(module.lora_variant.get(TRAINED)) is not Difference
         for module in model.modules()
     )
+
+
+def stack(one: Factors, other: Factors) -> Factors:
+    """Factors of the sum of two terms."""
+    return Factors(torch.cat([one.A, other.A]), torch.cat([one.B, other.B], dim=1))
 
 
 def subtract(now: Factors, start: Factors) -> Factors:

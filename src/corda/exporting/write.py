@@ -82,21 +82,35 @@ def write_lora(
     return largest
 
 
-def write_model(folder: Path, model: PreTrainedModel, tokenizer: Any, max_shard_size: str) -> None:
-    """Write weights in sharded safetensors, config, generation config and, where there is one, the tokenizer."""
-    model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+def write_model(
+    folder: Path, model: PreTrainedModel, tokenizer: Any, max_shard_size: str, *, original_names: bool = True
+) -> None:
+    """Write weights in sharded safetensors, config, generation config and, where there is one, the tokenizer.
+
+    Args:
+        folder: Where to.
+        model: The model.
+        tokenizer: Its tokenizer, or None.
+        max_shard_size: Such as "5GB".
+        original_names: Take back what transformers renamed while loading, which it cannot for 4-bit checkpoints.
+    """
+    model.save_pretrained(str(folder), max_shard_size=max_shard_size, save_original_format=original_names)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
 
 @torch.no_grad()
-def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: int = 1) -> None:
+def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: int = 1) -> float | None:
     """W ± B A for each named layer, in place, summed in fp32 and rounded once to the weight's dtype.
+
+    Returns:
+        Share of ±B A that the weights hold afterwards: Σ ⟨W_after - W_before, ±B A⟩ / Σ ‖B A‖²_F; None without any.
 
     Raises:
         AdapterError: a layer is missing, has another shape, is quantised, or shares its weight with the embeddings.
     """
     embeddings = model.get_input_embeddings()
+    held = energy = 0.0
     for name, pair in factors.items():
         module = layer_of(model, name)
         weight = module.weight
@@ -115,7 +129,12 @@ def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: 
                 where=name,
                 fix="export format lora",
             )
-        W.copy_(compress.add(W, pair.A.to(W.device), sign * pair.B.to(W.device)))
+        A, B = pair.A.to(W.device), sign * pair.B.to(W.device)
+        shifted = compress.add(W, A, B)
+        held += float((B.T @ (shifted.float() - W.float()) * A).double().sum())
+        energy += float(((B.T @ B) * (A @ A.T)).double().sum())
+        W.copy_(shifted)
+    return held / energy if energy else None
 
 
 def layer_of(model: nn.Module, name: str) -> Any:

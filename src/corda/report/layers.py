@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from corda.report import figures
 from corda.report.figures import Run, percent
 from corda.report.html import cell, data, figure, row, section, table, write_document
-from corda.report.table import short_name
+from corda.report.table import quantisation_sentence, short_name
 from corda.report.weighed import weighed_section
 
 _ROWS = 400  # of all layer tables of a page together
@@ -37,6 +37,13 @@ _SURVEYED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "log π": lambda layer: "–" if layer["log_pi"] is None else f"{layer['log_pi']:.2f}",
     "round": lambda layer: "all" if layer["chosen"] is None else str(layer["chosen"]),
     "scores": lambda layer: " ".join(f"{score:.4g}" for score in layer["scores"]) or "–",
+}
+# What 4 bits cost a layer, relative to ‖W‖ and to ‖W X‖ on the calibration inputs X: as Q(W), and as it starts.
+_QUANTISED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "Q(W): weight error": lambda layer: _share(layer["quantised"], "weight_plain"),
+    "start: weight error": lambda layer: _share(layer["quantised"], "weight_start"),
+    "Q(W): output error": lambda layer: _share(layer["quantised"], "output_plain"),
+    "start: output error": lambda layer: _share(layer["quantised"], "output_start"),
 }
 
 
@@ -109,7 +116,11 @@ def layers_section(runs: Sequence[Run]) -> str:
             parts.append(figure(f"scores{i}", figures.candidate_scores(run), caption))
         surveyed = any(layer.get("log_pi") is not None for layer in run.layers)
         weighed = any(layer.get("theta") for layer in run.layers)
+        totals = run.results["plan"].get("quantisation")
+        if totals:
+            parts.append(f"<p>{escape(quantisation_sentence(totals))}</p>")
         columns = _FACTS | (_WEIGHED if weighed else {}) | (_SURVEYED if surveyed else {})
+        columns |= _QUANTISED if totals else {}
         rows = [
             row(layer["name"], [cell(escape(show(layer))) for show in columns.values()])
             for layer in run.layers[: _ROWS // len(runs)]
@@ -117,6 +128,14 @@ def layers_section(runs: Sequence[Run]) -> str:
         more = "<p>More are in plan/plan.json.</p>" if len(run.layers) > len(rows) else ""
         parts.append(f"<details><summary>Every layer</summary>{table(['layer', *columns], rows)}{more}</details>")
     return section("Adapted layers", *parts)
+
+
+def _share(errors: Mapping[str, float] | None, name: str) -> str:
+    """An error relative to the norm of what it is an error of."""
+    if not errors:
+        return "–"
+    norm = errors[f"{name.partition('_')[0]}_norm"]
+    return percent(errors[name] / norm) if norm else "–"
 
 
 def _maps(run: Run, i: int, *, with_ranks: bool) -> list[str]:

@@ -58,14 +58,19 @@ def plan_table(plan: dict[str, Any]) -> Table:
     """A plan as JSON, a row per layer: candidate taken, compactness, scores, rank, share of the budget, energy."""
     names, prefix = own_parts([layer["name"] for layer in plan["layers"]])
     table = _table(f"Plan, mode {plan['mode']}, {plan['trainable_parameters']:,} trainable parameters")
+    captions = [quantisation_sentence(plan["quantisation"])] if plan.get("quantisation") else []
     if any(layer["floor_decided"] for layer in plan["layers"]):
-        table.caption = "* more than half of the smallest eigenvalue in π is damping: more tokens would help"
+        captions.append("* more than half of the smallest eigenvalue in π is damping: more tokens would help")
+    table.caption = "\n".join(captions) or None
     table.add_column(f"layer of {prefix}", overflow="fold")
     table.add_column("round", justify="right", no_wrap=True)
     table.add_column("log π", justify="right", no_wrap=True)
     table.add_column("scores", justify="right")
     for column in ("rank", "budget %", "energy %"):
         table.add_column(column, justify="right", no_wrap=True)
+    if plan.get("quantisation"):
+        for column in ("Q(W) weight %", "output %", "start weight %", "output %"):
+            table.add_column(column, justify="right")
     for name, layer in zip(names, plan["layers"], strict=True):
         d_out, d_in = layer["shape"]
         share = 100 * (d_out + d_in * layer["train_a"]) * layer["rank"] / plan["trainable_parameters"]
@@ -78,8 +83,28 @@ def plan_table(plan: dict[str, Any]) -> Table:
             str(layer["rank"]),
             f"{share:.2f}",
             f"{100 * layer['energy']:.2g}",
+            *(_errors(layer.get("quantised")) if plan.get("quantisation") else ()),
         )
     return table
+
+
+def quantisation_sentence(totals: Mapping[str, float]) -> str:
+    """What 4 bits cost all layers together, from the totals in a plan."""
+    parts = [
+        f"{what} {100 * totals[f'{kind}_plain']:.3g} % as Q(W), {100 * totals[f'{kind}_start']:.3g} % as it starts"
+        for kind, what in (("weight", "weights are off by"), ("output", "outputs on the calibration data by"))
+    ]
+    ratio = f"{totals['output_ratio']:.3g}"
+    return f"4 bits, all layers together: {parts[0]}; {parts[1]}: {ratio} of plain quantisation's"
+
+
+def _errors(errors: Mapping[str, float] | None) -> list[str]:
+    """Weight and output error of Q(W), then of the start, in % of ‖W‖ and ‖W X‖."""
+    if errors is None:
+        return ["–"] * 4
+    kinds = ("weight_plain", "output_plain", "weight_start", "output_start")
+    norms = [errors[f"{kind.partition('_')[0]}_norm"] for kind in kinds]
+    return [f"{100 * errors[kind] / norm:.2g}" if norm else "–" for kind, norm in zip(kinds, norms, strict=True)]
 
 
 def context_table(facts: Mapping[str, Any]) -> Table:
