@@ -207,7 +207,7 @@ class Stages:
     def after(self) -> Scores:
         """Scores of the trained model."""
         found = self._reusable("after")
-        return self._scores(found) if found else self._measure("after", self._tuned())
+        return self._scores(found) if found else self._measure("after", self.tuned())
 
     def exported(self) -> dict[str, Any]:
         """The adapter as other tools load it, compared after reload; uploaded where that is asked for."""
@@ -218,7 +218,7 @@ class Stages:
         known = artifact.read_json(book) if book.is_file() else {}
         done = exporting.finished(folder, key)
         if done is None:
-            model = self._tuned()
+            model = self.tuned()
             with self.meter.stage("export"):
                 done = exporting.export(
                     model,
@@ -268,7 +268,8 @@ class Stages:
         unseen = [context.side(HELD_OUT)] if HELD_OUT in context.sides else []
         return [yardstick(side, weight) for side in (keep, *unseen)]
 
-    def _tuned(self) -> PeftModel:
+    def tuned(self) -> PeftModel:
+        """The trained model."""
         trained = self.trained()
         if not isinstance(self.bases.live, PeftModel):
             model, _ = self.bases.attached(self.plan())

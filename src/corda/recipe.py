@@ -20,9 +20,9 @@ Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice"]
+RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code"]
 Tower = Literal["language", "vision", "projector"]
-Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy"]
+Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1"]
 
 TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
 
@@ -304,6 +304,7 @@ class EvaluationOptions(Strict):
     batch_size: PositiveInt = 16
     window: PositiveInt = Field(1024, description="tokens per window, for perplexity")
     samples_shown: int = Field(4, ge=0, description="generated answers per task kept for the report")
+    execute_code: bool = Field(False, description="for pass_at_1: run what the model writes, see docs/evaluation.md")
 
 
 class Recipe(Strict):

@@ -33,7 +33,7 @@ RANKS = [
     {"inputs"},
     {"bases", "results", "estimate"},
     {"pipeline", "drafting", "chatting"},
-    {"demo", "comparing"},
+    {"demo", "comparing", "covering"},
     {"cli"},
 ]
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from corda.cli.app import app
-from corda.cli.arguments import AsJson, Overrides, RunOrRecipe
-from corda.cli.output import folder_of, print_value, show, warn
+from corda.cli.arguments import AsJson, Overrides, RecipeFile, RunOrRecipe
+from corda.cli.output import folder_of, opened, print_value, show, warn
 from corda.progress import shown
 
 inspect = typer.Typer(no_args_is_help=True, help="Look into a plan, a context or a LoRA adapter.")
@@ -71,3 +71,18 @@ def inspect_adapter(
         print_value(facts, True)
         return
     show(adapter_table(facts))
+
+
+@inspect.command("coverage")
+def inspect_coverage(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Show how much of the retained sets' activation energy the plan protects."""
+    from corda.covering import covered
+    from corda.report.table import coverage_table
+
+    with opened(recipe, set_) as stages:
+        facts = covered(stages)
+    if as_json:
+        print_value(facts, True)
+        return
+    show(coverage_table(facts))
+    warn(facts["warnings"])

@@ -109,12 +109,34 @@ def train(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -
 
 
 @app.command("eval")
-def evaluate(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, separated by commas", metavar="TASKS")
+    ] = None,
+    harness_path: Annotated[Path | None, typer.Option(help="Folder with more of its task files")] = None,
+    limit: Annotated[int | None, typer.Option(help="For --harness: records per task")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Measure the base and the trained model."""
+    from corda.evaluation.harness import harness_scores, require
+
+    if harness is not None:
+        require()
     with opened(recipe, set_) as stages:
-        before, after = stages.before(), stages.after()
-        scores = {k: {n: v.as_json() for n, v in s.values.items()} for k, s in (("before", before), ("after", after))}
-        print_value(scores, as_json)
+        if harness is None:
+            both = (("before", stages.before()), ("after", stages.after()))
+            sides = {side: {name: s.as_json() for name, s in scores.values.items()} for side, scores in both}
+        else:
+            tokenizer, size = stages.inputs.tokenizer, stages.recipe.evaluation.batch_size
+            sides = {
+                side: harness_scores(
+                    model().eval(), tokenizer, harness.split(","), include=harness_path, limit=limit, batch_size=size
+                )
+                for side, model in (("before", stages.bases.bare), ("after", stages.tuned))
+            }
+        print_value(sides, as_json)
 
 
 @app.command()

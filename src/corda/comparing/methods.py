@@ -39,6 +39,7 @@ _IPM = {"adapter.mode": "ipm"}
 _SELECT = {"context.rounds": 5, "context.selection": "dynamic", "adapter.compactness_scale": "unit"}
 _ALLOCATE = {"adapter.allocation": "dynamic", "adapter.compactness_scale": "unit"}
 _FOUR = {"model.load_in_4bit": True}
+_CONTRAST = {"adapter.mode": "contrast"}
 
 _ALL = (
     Method("full", "full fine-tuning", "full", _LORA),
@@ -66,6 +67,12 @@ _ALL = (
     Method("ipm_selection", "CorDA++ IPM, selection alone", settings=_IPM | _SELECT),
     Method("ipm_allocation", "CorDA++ IPM, allocation alone", settings=_IPM | _ALLOCATE),
     Method("ipm_plus", "CorDA++ IPM", settings=_IPM | _SELECT | _ALLOCATE),
+    Method("contrast", "contrast, frozen A", settings=_CONTRAST),
+    Method("contrast_a", "contrast, A trained", settings=_CONTRAST | {"adapter.train_a": True}),
+    Method("dual", "dual", settings={"adapter.mode": "dual"}),
+    Method("control_random", "control: random A, frozen", settings=_CONTRAST | {"adapter.directions": "random"}),
+    Method("control_task", "control: A of the task alone", settings=_CONTRAST | {"adapter.directions": "task"}),
+    Method("control_null", "control: A of the knowledge alone", settings=_CONTRAST | {"adapter.directions": "null"}),
     Method("qlora", "QLoRA", settings=_LORA | _FOUR),
     Method("kpm_4bit", "CorDA-KPM, 4 bits", settings=_KPM | _FOUR | {"adapter.correction": "frozen"}),
     Method("ipm_4bit", "CorDA-IPM, 4 bits", settings=_IPM | _FOUR | {"adapter.correction": "fit"}),

@@ -18,6 +18,7 @@ from corda.adapter import target_names
 from corda.data.batches import Encoded, calibration_rounds, encode, pad_id
 from corda.errors import ModelError
 from corda.inputs import Inputs
+from corda.plan.make import uniform_rank
 from corda.quantization import is_4bit
 
 _GRADIENT_RECORDS, _ROWS = 32, 4  # LoRA-GA's estimate of the gradient
@@ -58,7 +59,8 @@ def build(model: PreTrainedModel, inputs: Inputs, kind: str, *, frozen: bool = F
 def frozen_rank(inputs: Inputs) -> int:
     """The rank at which B alone has the trainable parameters of A and B at the recipe's rank."""
     targets = inputs.targets
-    budget = sum(t.d_in + t.d_out for t in targets) * inputs.recipe.adapter.rank
+    options = inputs.recipe.adapter
+    budget = options.budget or sum(t.d_in + t.d_out for t in targets) * options.rank
     return max(1, budget // sum(t.d_out for t in targets))
 
 
@@ -71,7 +73,7 @@ def relative_change(model: nn.Module, reference: Tensor, probe: dict[str, Tensor
 
 def _config(model: PreTrainedModel, inputs: Inputs, kind: str, frozen: bool) -> LoraConfig:
     options = inputs.recipe.adapter
-    rank = frozen_rank(inputs) if frozen else options.rank
+    rank = frozen_rank(inputs) if frozen else uniform_rank(inputs.targets, options)
     start: dict[str, Any] = {
         "pissa": {"init_lora_weights": "pissa"},
         "eva": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},

@@ -94,7 +94,7 @@ def _raw(folder: Path, methods: list[str], seeds: int) -> dict[str, Any]:
                 "max_length": 160,
             },
             "context": {"samples": 32},
-            "adapter": {"rank": 4},
+            "adapter": {"budget": 3712},  # rank 4 where A and B are trained
             "training": {"max_steps": 6, "per_device_train_batch_size": 4},
             "evaluation": {
                 "tasks": {

@@ -18,6 +18,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "choice": ("context", "choices", "label"),
+    "code": ("prompt", "test", "entry_point"),
     "prompt_completion": ("prompt", "completion"),
     "qa": ("question", "answer"),
     "alpaca": ("instruction", "output"),
@@ -47,6 +48,7 @@ class Record:
         is_text: Running text, all of which counts.
         choices: For multiple choice, the options; `label` is the right one's index.
         images: Paths, bytes or PIL images, in the order of their marks in prompt and turns.
+        program: For code, what is run behind the prompt and the answer to check it.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class Record:
     label: int = -1
     always_chat: bool = field(default=False)
     images: tuple[Any, ...] = ()
+    program: str = ""
 
     @property
     def key(self) -> str:
@@ -280,6 +283,15 @@ def _choice(record: Mapping[str, Any]) -> Record:
     return Record(context, f" {choices[label]}", choices=choices, label=label, answers=(choices[label],))
 
 
+def _code(record: Mapping[str, Any]) -> Record:
+    prompt, test, name = (_text(record[key], key) for key in ("prompt", "test", "entry_point"))
+    if not name.isidentifier():
+        raise ValueError(f"entry_point is {name!r}, expected the name of a function")
+    solution = str(record.get("canonical_solution") or "")
+    turns = (("user", prompt), ("assistant", solution))
+    return Record(prompt, solution, turns, (solution,), program=f"\n{test}\ncheck({name})\n")
+
+
 _CONVERTERS = {
     "qa": _qa,
     "alpaca": _alpaca,
@@ -288,4 +300,5 @@ _CONVERTERS = {
     "sharegpt": _sharegpt,
     "text": _running_text,
     "choice": _choice,
+    "code": _code,
 }

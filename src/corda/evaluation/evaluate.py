@@ -10,7 +10,8 @@ from torch import nn
 
 from corda.data.batches import encode, load_records, pad_id
 from corda.data.formats import Record
-from corda.errors import DataError
+from corda.errors import DataError, RecipeError
+from corda.evaluation.execution import pass_at_1
 from corda.evaluation.generation import exact_match
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity
 from corda.evaluation.scores import Score
@@ -65,10 +66,17 @@ def load_tasks(recipe: Recipe) -> list[Task]:
     """Read every task's records.
 
     Raises:
+        RecipeError: a task runs what the model writes, and evaluation.execute_code does not allow it.
         DataError: see `load_records`; or shots are asked for and there is nothing to take them from.
     """
     tasks = []
     for name, options in recipe.evaluation.tasks.items():
+        if "pass_at_1" in options.metrics and not recipe.evaluation.execute_code:
+            raise RecipeError(
+                "the metric pass_at_1 runs code that the model writes",
+                where=f"evaluation.tasks.{name}",
+                fix="set evaluation.execute_code: true on a machine where that does no harm",
+            )
         records = load_records(options.dataset, recipe.data.data_dir, recipe.seed)
         _check_metrics(name, options, records)
         shots: list[Record] = []
@@ -85,7 +93,8 @@ def _check_metrics(name: str, options: EvaluationTask, records: Sequence[Record]
     wanted = {
         "perplexity": ("running text", all(r.is_text for r in records)),
         "accuracy": ("choices and a label", all(r.choices for r in records)),
-        "exact_match": ("a question with an answer", all(r.answers and not r.choices for r in records)),
+        "exact_match": ("a question with an answer", all(r.answers and not (r.choices or r.program) for r in records)),
+        "pass_at_1": ("a prompt, a test and an entry point", all(r.program for r in records)),
         "answer_loss": ("a prompt with an answer", not any(r.is_text or r.choices for r in records)),
     }
     for metric in options.metrics:
@@ -149,6 +158,16 @@ def evaluate(
                 values[key] = choice_accuracy(
                     model, tokenizer, task.records, pad, size, task.options.choice_prompt, progress
                 )
+            elif metric == "pass_at_1":
+                values[key], answers = pass_at_1(
+                    model,
+                    tokenizer,
+                    task.records,
+                    max_new_tokens=task.options.max_new_tokens,
+                    batch_size=size,
+                    progress=progress,
+                )
+                shown[task.name] = [answer.as_json() for answer in answers[: options.samples_shown]]
             else:
                 values[key], answers = exact_match(
                     model,

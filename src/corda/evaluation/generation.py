@@ -95,6 +95,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     progress: Progress = silent,
+    strip: bool = True,
 ) -> list[str]:
     """Greedy continuations of `prompts`, in order, cut before the first stop string.
 
@@ -106,6 +107,7 @@ def generate(
         max_new_tokens: Limit in tokens.
         batch_size: Rows per call, neighbours in length, padded on the left.
         progress: Shows how far it is.
+        strip: Leave out leading white space; code needs it.
     """
     device = next(model.parameters()).device
     given = [encode_segments([Segment(p, False)], tokenizer) if isinstance(p, str) else p for p in prompts]
@@ -135,7 +137,8 @@ def generate(
             **(batch.more or {}),
         )
         for r, i in enumerate(rows):
-            texts[i] = _cut(tokenizer_of(tokenizer).decode(out[r, width:], skip_special_tokens=True), stop)
+            said = tokenizer_of(tokenizer).decode(out[r, width:], skip_special_tokens=True)
+            texts[i] = _cut(said, stop, strip)
     return texts
 
 
@@ -158,7 +161,7 @@ def _final(text: str, after: str | None) -> str:
     return text.rpartition(after)[2] if after else text
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
-    text = text.lstrip()
+def _cut(text: str, stop: Sequence[str], strip: bool) -> str:
+    text = text.lstrip() if strip else text
     ends = [text.find(s) for s in stop if s in text]
     return text[: min(ends)] if ends else text

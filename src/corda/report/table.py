@@ -13,6 +13,7 @@ _LABELS = {
     "exact_match": "exact match %",
     "perplexity": "perplexity",
     "accuracy": "accuracy %",
+    "pass_at_1": "programs right %",
 }
 _SHORT = {
     "kpm": "CorDA-KPM",
@@ -21,7 +22,7 @@ _SHORT = {
     "contrast": "CorDA-contrast",
     "lora": "LoRA",
 }
-_PERCENT = {"exact_match", "accuracy"}
+_PERCENT = {"exact_match", "accuracy", "pass_at_1"}
 
 
 def short_name(results: dict[str, Any]) -> str:
@@ -156,6 +157,22 @@ def adapter_table(facts: Mapping[str, Any]) -> Table:
         norms = [f"{layer[key]:.3g}" for key in ("scaling", "norm", "norm_A", "norm_B")]
         shape = f"{layer['d_out']}×{layer['d_in']}"
         table.add_row(name, shape, str(layer["rank"]), *norms, f"{layer['parameters']:,}")
+    return table
+
+
+def coverage_table(facts: Mapping[str, Any]) -> Table:
+    """What a plan protects of its calibration set and of the retained sets, a row per set."""
+    table = _table("Activation energy outside of the adapter's inputs")
+    table.caption = (
+        f"random directions would expose {100 * facts['random']:.2g} %; times exposed: against the calibration set, "
+        "median layer"
+    )
+    table.add_column("set")
+    for column in ("tokens", "protected %", "in the median layer", "times exposed"):
+        table.add_column(column, justify="right")
+    for name, one in facts["sets"].items():
+        shares = [f"{100 * one[key]:.3f}" for key in ("protected", "protected_median")]
+        table.add_row(name, f"{one['tokens']:,}", *shares, f"{one['ratio']:.2f}")
     return table
 
 
