@@ -54,6 +54,8 @@ def test_every_cell_is_in_the_comparison_with_what_it_cost(done):
     kpm = found["runs"][2]
     assert kpm["timing"]["collect"] > 0
     assert found["empty"] == []
+    assert found["conclusions"]["steps"]["kpm"]["against"] == "lora"
+    assert found["conclusions"]["steps"]["lora"]["seeds"]["0"]["of"] == 2
     assert "data_dir" not in json.dumps(found)
 
 

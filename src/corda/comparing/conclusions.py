@@ -20,7 +20,7 @@ def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
         best: method -> chosen rate, whether it is inside the grid, scores and retained % there;
         fronts: keep metric -> method -> points of the front over all seeds;
         differences: keep metric -> method -> against the reference, see `fronts.compared`;
-        steps: method -> steps to reach the reference's final training loss, seed by seed.
+        steps: method -> steps to reach the final training loss of `against`, seed by seed.
     """
     by_method: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -87,15 +87,20 @@ def _by_seed(runs: Runs, learn: str, keep: str) -> dict[int, list[Point]]:
 
 
 def _steps(study: Study, by_method: Mapping[str, Runs], chosen: Mapping[str, Choice | None]) -> dict[str, Any]:
-    best = chosen.get(study.reference)
-    if best is None:
-        return {}
-    references = {run["seed"]: run for run in by_method[study.reference] if _is(run, best) and run["status"] == "done"}
     found: dict[str, Any] = {}
-    for name, choice in chosen.items():
-        own = [r for r in by_method[name] if choice and _is(r, choice) and r["status"] == "done"]
-        found[name] = {str(r["seed"]): steps_to_reach(r, references[r["seed"]]) for r in own if r["seed"] in references}
+    for name in by_method:
+        against = study.methods[name].against or study.reference
+        references = _at_best(by_method.get(against, ()), chosen.get(against))
+        own = _at_best(by_method[name], chosen[name])
+        seeds = {str(seed): steps_to_reach(run, references[seed]) for seed, run in own.items() if seed in references}
+        if seeds:
+            found[name] = {"against": against, "seeds": seeds}
     return found
+
+
+def _at_best(runs: Runs, choice: Choice | None) -> dict[int, Mapping[str, Any]]:
+    """Seed -> the run at a method's chosen setting."""
+    return {r["seed"]: r for r in runs if choice is not None and _is(r, choice) and r["status"] == "done"}
 
 
 def _is(run: Mapping[str, Any], choice: Choice) -> bool:

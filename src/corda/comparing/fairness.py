@@ -40,10 +40,11 @@ def check(study: Study) -> dict[str, Any]:
         refuse_narrow(name, study.rates(name))
         keys = [*study.methods[name].settings, *study.methods[name].grid]
         refuse_unshared(name, keys)
-    if study.reference not in study.methods:
-        raise RecipeError(
-            "the reference is not among the methods", where="reference", got=study.reference, fix="add it to methods"
-        )
+    for wanted in (study.reference, *(entry.against for entry in study.methods.values())):
+        if wanted is not None and wanted not in study.methods:
+            raise RecipeError(
+                "the reference is not among the methods", where="reference", got=wanted, fix="add it to methods"
+            )
     first = {cell.name: cell for cell in reversed(cells(study))}
     recipes = {name: recipe_of(study, cell) for name, cell in first.items()}
     shared = next(iter(recipes.values()))

@@ -35,6 +35,7 @@ class Entry(_Strict):
         default_factory=dict, description="dotted recipe keys with values to choose from on the development split"
     )
     learning_rates: list[Rate] | None = Field(None, description="own grid; default: that of the study")
+    against: str | None = Field(None, description="whose final loss it is timed against; default: the reference")
 
 
 class Step(_Strict):

@@ -113,12 +113,12 @@ def _differences(comparison: Mapping[str, Any], keep: str) -> str:
 
 
 def _steps(comparison: Mapping[str, Any]) -> str:
-    reference = comparison["labels"][comparison["study"]["reference"]]
-    rows = []
-    for name, seeds in comparison["conclusions"]["steps"].items():
-        text = ", ".join(f"{s['steps'] if s['steps'] is not None else 'not'} of {s['of']}" for s in seeds.values())
-        rows.append(row(comparison["labels"][name], [cell(text or "–")]))
-    return table(["method", f"steps to reach the final training loss of {reference}, seed by seed"], rows)
+    labels, rows = comparison["labels"], []
+    for name, found in comparison["conclusions"]["steps"].items():
+        seeds = found["seeds"].values()
+        text = ", ".join(f"{s['steps'] if s['steps'] is not None else 'not'} of {s['of']}" for s in seeds)
+        rows.append(row(labels[name], [cell(escape(labels[found["against"]])), cell(text)]))
+    return table(["method", "against", "steps to reach its final training loss, seed by seed"], rows)
 
 
 def _memory(comparison: Mapping[str, Any]) -> str:
