@@ -2,8 +2,8 @@
 
 Runs benchmarks/studies/NAME-smollm2-gpu.yaml in bf16, several runs side by side on the card, each study within its
 minutes (24 in all), and keeps each comparison as results/NAME-smollm2-gpu.json. What is there already is not run again.
---tiny runs the same on a random model of two blocks on a CPU, as far as the minutes reach, to show that the studies run;
-its numbers say nothing and are not kept.
+--tiny runs the same on a random model of two blocks on a CPU, as far as the minutes reach, to show that the studies
+run; its numbers say nothing and are not kept.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ class Stages:
         before, after = (self._scores(one).values if one else None for one in found.values())
         curve = artifact.read_json(self.trained().path("curve.json"))
         steps = curve["step"][-1] if curve["step"] else 0
-        images = architectures.takes_images(self._tuned().get_base_model().config)
+        images = architectures.takes_images(self.tuned().get_base_model().config)
         source = self.inputs.source
         return model_card(self.recipe, self.plan(), source, before=before, after=after, steps=steps, images=images)
 
