@@ -69,8 +69,8 @@ def picture(series: list[tuple[str, str, str, dict[str, Any]]]) -> str:
         label = "base" if decade == 0 else f"{10**decade:,} ×"
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#9993"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{label}</text>')
-    for rank in ranks:
-        parts.append(f'<text x="{x(rank):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{rank}</text>')
+    below = HEIGHT - BOTTOM + 20
+    parts += [f'<text x="{x(rank):.1f}" y="{below}" text-anchor="middle">{rank}</text>' for rank in ranks]
     middle = (LEFT + WIDTH - RIGHT) / 2
     what = "smallest components discarded in every layer"
     parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 10}" text-anchor="middle">{what}</text>')
