@@ -197,3 +197,55 @@ def test_a_disk_too_small_for_all_rounds_is_refused_early(tmp_path, encoded, mon
         attempt(size, "tight")
     assert not list((tmp_path / "tight").glob("*.safetensors"))
     assert attempt(1.06 * size, "enough").rounds == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_lanes_change_sums_by_rounding_alone(model, encoded, monkeypatch, stream):
+    from corda.context import lanes
+
+    layers = find_targets(model)
+    before = torch.get_num_threads()
+    found = {}
+    for count in (1, 2, 3):
+        monkeypatch.setattr(lanes, "_MOST", count)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        assert lanes.lanes_for(layers, torch.device("cpu")) == count
+        found[count], again = (
+            collect_encoded(model, encoded, layers, pad_token_id=0, batch_size=4, stream=stream) for _ in range(2)
+        )
+        assert all(torch.equal(again.packed[k], packed) for k, packed in found[count].packed.items())
+    monkeypatch.undo()
+    torch.set_num_threads(before)
+    assert found[1].tokens == found[2].tokens == found[3].tokens
+    assert found[1].groups == found[2].groups == found[3].groups
+    for layer in layers:
+        one = found[1].covariance(layer.name)
+        for count in (2, 3):
+            other = found[count].covariance(layer.name)
+            assert float((one - other).norm() / one.norm()) < 1e-6
+    assert not all(torch.equal(found[1].packed[k], found[2].packed[k]) for k in found[1].packed)
+
+
+def test_lanes_are_for_narrow_layers_on_a_cpu(model):
+    from dataclasses import replace
+
+    from corda.context.lanes import WIDTH_LIMIT, lanes_for
+
+    layers = find_targets(model)
+    assert lanes_for(layers, torch.device("cpu")) == min(4, torch.get_num_threads())
+    assert lanes_for(layers, torch.device("meta")) == 1
+    assert lanes_for([replace(layers[0], d_in=WIDTH_LIMIT + 1)], torch.device("cpu")) == 1
+
+
+def test_lanes_report_what_goes_wrong_in_any_of_them(model, encoded, monkeypatch):
+    from corda.context import lanes
+    from corda.errors import CalibrationError
+
+    monkeypatch.setattr(lanes, "lanes_for", lambda *_: 2)
+    for module in ("stream", "collect"):
+        monkeypatch.setattr(f"corda.context.{module}.lanes_for", lambda *_: 2)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    for stream in (True, False):
+        with pytest.raises(CalibrationError, match=r"not finite"):
+            collect_encoded(model, encoded, find_targets(model), pad_token_id=0, batch_size=4, stream=stream)

@@ -105,14 +105,7 @@ class Capture:
             CalibrationError: its leading shape is not the batch's, or the layer changed its group.
         """
         group = self._last_group if x is self._last else name
-        if self.groups.setdefault(name, group) != group:
-            raise CalibrationError(
-                "a layer shares its input with others in some forward passes only",
-                where=name,
-                got=f"the input of {group}",
-                expected=f"the input of {self.groups[name]}",
-                fix="leave the layer out of target_modules",
-            )
+        self._set_group(name, group)
         if group != name:
             return
         self._last, self._last_group = x, name
@@ -141,6 +134,16 @@ class Capture:
         seen = {candidate(group, round_): a for group, a in self.accumulators.items() if a.tokens}
         packed = {key: (pack_upper(a.total) / a.tokens).cpu() for key, a in seen.items()}
         return Captured(packed, {key: a.tokens for key, a in seen.items()}, dict(self.groups))
+
+    def _set_group(self, name: str, group: str) -> None:
+        if self.groups.setdefault(name, group) != group:
+            raise CalibrationError(
+                "a layer shares its input with others in some forward passes only",
+                where=name,
+                got=f"the input of {group}",
+                expected=f"the input of {self.groups[name]}",
+                fix="leave the layer out of target_modules",
+            )
 
     def _counted(self, name: str, x: Tensor) -> Tensor:
         if not self._counts:

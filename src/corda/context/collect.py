@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
+from corda.context.lanes import Lanes, lanes_for
 from corda.context.masks import followed
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
@@ -224,14 +226,20 @@ def collect_running(model: nn.Module, run: Callable[[], object], layers: Sequenc
 def _whole(
     model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec], round_: int
 ) -> Captured:
-    capture = Capture(layers)
     device = next(model.parameters()).device
-    with hooked(model, capture), patches_counted(model, capture):
-        for cpu_batch in parts:
-            batch = cpu_batch.to(device)
-            with capture.batch(batch.counts):
-                body(**model_inputs(batch))
-            capture.check_finite()
+    capture = Lanes(layers, lanes_for(layers, device))
+
+    def run(cpu_batch: Batch) -> None:
+        batch = cpu_batch.to(device)
+        with capture.batch(batch.counts):
+            body(**model_inputs(batch))
+
+    rest = iter(parts)
+    with hooked(model, capture), patches_counted(model, capture), capture.open():
+        while some := list(itertools.islice(rest, capture.count)):
+            capture.run(run, some)
+    capture.merge()
+    capture.check_finite()
     return capture.captured(round_)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
+from corda.context.lanes import Lanes, lanes_for
 from corda.data.batches import Batch
 from corda.journal import Journal
 from corda.offload import LazyWeights
@@ -63,6 +66,7 @@ def streamed(
     ]
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
+    lanes = lanes_for(layers, device)
     hidden: list[list[Tensor]] = [[] for _ in rounds]
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
     for index in progress(range(len(blocks)), "collect", len(blocks)):
@@ -74,18 +78,23 @@ def streamed(
             for r, parts in enumerate(rounds):
                 done = known[index][r]
                 if index <= needed:
-                    capture = Capture(members[index] if done is None else [])
-                    with hooked(model, capture):
-                        for b, cpu_batch in enumerate(parts):
-                            batch = cpu_batch.to(device)
-                            entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
-                            states = hidden[r][b].to(device) if index else entering
-                            with capture.batch(batch.counts):
-                                out, wrap = run_block(modules[index], states, args, kwargs)
-                            if index == 0:
-                                hidden[r].append(out.cpu())
-                            else:
-                                hidden[r][b] = out.cpu()
+                    capture = Lanes(members[index] if done is None else [], lanes)
+                    with hooked(model, capture), capture.open():
+                        for first in range(0, len(parts), lanes):
+                            ready = []
+                            for b in range(first, min(first + lanes, len(parts))):
+                                batch = parts[b].to(device)
+                                entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
+                                states = hidden[r][b].to(device) if index else entering
+                                ready.append(_Ready(batch.counts, states, args, kwargs))
+                            run = functools.partial(_run, modules[index], capture)
+                            for b, ran in enumerate(capture.run(run, ready), start=first):
+                                out, wrap = ran
+                                if index == 0:
+                                    hidden[r].append(out.cpu())
+                                else:
+                                    hidden[r][b] = out.cpu()
+                    capture.merge()
                     capture.check_finite()
                     if done is None and members[index]:
                         done = capture.captured(r)
@@ -98,6 +107,21 @@ def streamed(
                             done = Captured.noted(journal, _key(index, r))
                 if done is not None:
                     yield done
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a block is called with for one batch, and which of its tokens count."""
+
+    counts: Tensor
+    states: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _run(block: nn.Module, capture: Capture, ready: _Ready) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    with capture.batch(ready.counts):
+        return run_block(block, ready.states, ready.args, ready.kwargs)
 
 
 def _width(layers: Sequence[LayerSpec]) -> int:

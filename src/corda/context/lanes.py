@@ -1,0 +1,116 @@
+"""Several batches side by side on a CPU, each thread with sums of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from corda.context.capture import Capture
+from corda.targets import LayerSpec
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Wider layers keep all cores busy by themselves, and a second set of sums would cost memory.
+WIDTH_LIMIT = 2048
+_MOST = 4
+
+
+def lanes_for(layers: Sequence[LayerSpec], device: torch.device) -> int:
+    """How many batches are run side by side: torch's threads, up to 4, for narrow layers on a CPU; else one."""
+    if device.type != "cpu" or max((layer.d_in for layer in layers), default=0) > WIDTH_LIMIT:
+        return 1
+    return min(_MOST, torch.get_num_threads())
+
+
+class Lanes(Capture):
+    """A capture that several threads feed.
+
+    Batch i goes to lane i mod n, whose sums are its own until `merge` adds them in the order of lanes: so the result
+    depends on n and on nothing else. With n = 1 it is a plain capture.
+
+    Attributes:
+        count: n.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], count: int = 1) -> None:
+        super().__init__(layers)
+        self.count = count
+        self._others = [Capture(layers) for _ in range(count - 1)]
+        self._local = threading.local()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Threads for `run` inside; at the end torch has as many as before."""
+        if self.count == 1:
+            yield
+            return
+        before = torch.get_num_threads()
+        share = max(1, before // self.count)
+        self._pools = [
+            ThreadPoolExecutor(1, initializer=self._begin, initargs=(lane, share)) for lane in range(self.count)
+        ]
+        try:
+            yield
+        finally:
+            for pool in self._pools:
+                pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+    def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """work(item) of at most `count` items, one in each lane, without gradients; results in order."""
+        if self.count == 1:
+            return [work(item) for item in items]
+        running = [pool.submit(_without_gradients, work, item) for pool, item in zip(self._pools, items, strict=False)]
+        return [one.result() for one in running]
+
+    def merge(self) -> None:
+        """Add the other lanes' sums to the first lane's, which are this object's own.
+
+        Raises:
+            CalibrationError: layers share an input in some lanes only.
+        """
+        for other in self._others:
+            for name, group in other.groups.items():
+                self._set_group(name, group)
+            for group, sums in other.accumulators.items():
+                if group in self.accumulators:
+                    self.accumulators[group].total += sums.total
+                    self.accumulators[group].tokens += sums.tokens
+                else:
+                    self.accumulators[group] = sums
+            other.accumulators.clear()
+
+    def begin(self, counts: Tensor | None) -> None:
+        """Open a batch in the lane of this thread."""
+        mine = self._mine()
+        super().begin(counts) if mine is self else mine.begin(counts)
+
+    def end(self) -> None:
+        """Close it."""
+        mine = self._mine()
+        super().end() if mine is self else mine.end()
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Take an input in the lane of this thread; see `Capture.see`."""
+        mine = self._mine()
+        super().see(name, x) if mine is self else mine.see(name, x)
+
+    def _mine(self) -> Capture:
+        lane = getattr(self._local, "lane", 0)
+        return self if lane == 0 else self._others[lane - 1]
+
+    def _begin(self, lane: int, threads: int) -> None:
+        self._local.lane = lane
+        torch.set_num_threads(threads)
+
+
+def _without_gradients(work: Callable[[Item], Result], item: Item) -> Result:
+    with torch.no_grad():
+        return work(item)
