@@ -7,6 +7,7 @@ width, or D_OUTxD_IN.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from harness import paired, record, summary
@@ -28,12 +29,19 @@ def case(d_out: int, d_in: int) -> tuple[Tensor, Tensor]:
     return W, basis @ (X.T @ X / (2 * d_in)) @ basis.T
 
 
-def main(sizes: list[str], ranks: list[int], repetitions: int) -> None:
+def main(
+    sizes: list[str], ranks: list[int], repetitions: int, device: str = "cpu", prefix: str = "", write: Any = record
+) -> None:
     """Measure every size at every rank and both ends."""
+
+    def finished() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
     for size in sizes:
         d_out, _, d_in = size.partition("x")
-        W, C = case(int(d_out), int(d_in or d_out))
-        layer = nn.Linear(W.shape[1], W.shape[0], bias=False)
+        W, C = (x.to(device) for x in case(int(d_out), int(d_in or d_out)))
+        layer = nn.Linear(W.shape[1], W.shape[0], bias=False, device=device)
         layer.weight.data.copy_(W)
         layer.covariance_matrix = C
         config = LoraConfig(corda_config=CordaConfig(corda_method="kpm"))
@@ -45,11 +53,13 @@ def main(sizes: list[str], ranks: list[int], repetitions: int) -> None:
                 def ours() -> linalg.Subspace:
                     found = linalg.subspace(W, Metric(C, 1.0, lam), rank, end)  # noqa: B023
                     linalg.factors(W, found, scaling=1.0, balance="equal")  # noqa: B023
+                    finished()
                     return found
 
                 def peer() -> Tensor:
                     eigens = collect_eigens_for_layer(layer, config)  # noqa: B023
                     U = eigens.U_WC
+                    finished()
                     return U[:, -rank:] if end == "smallest" else U[:, :rank]  # noqa: B023
 
                 metric = Metric(C, 1.0, lam)
@@ -58,8 +68,8 @@ def main(sizes: list[str], ranks: list[int], repetitions: int) -> None:
                 off = linalg.captured_energy(W, metric, found.U) / best - 1
                 theirs = linalg.captured_energy(W, metric, torch.linalg.qr(peer().double())[0]) / best - 1
                 mine, other = paired(ours, peer, repetitions)
-                record(
-                    f"decompose-{word}-{size}-r{rank}",
+                write(
+                    f"{prefix}decompose-{word}-{size}-r{rank}",
                     summary(mine, "s"),
                     summary(other, "s"),
                     quality={

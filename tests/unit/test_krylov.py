@@ -140,3 +140,47 @@ def test_nan_ends():
     for solver in ("krylov", "exact"):
         with pytest.raises(ValueError, match="not finite"):
             linalg.subspace(W, Metric(C, 1, 0.5), 16, "smallest", solver=solver)
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "clustered", "random", "steep2", "steep6"])
+@pytest.mark.parametrize("exponent", [0, 0.5, 1])
+def test_wide_fp32_weights_are_not_converted_whole(spectrum, exponent, monkeypatch):
+    """As with 1,200 inputs, of which an eighth is converted at a time."""
+    W, C = weight(150, 1200, SPECTRA[spectrum]).float(), covariance(1200, 3000).float()
+    metric = Metric(C, exponent, damping(C, 0.01))
+    converted = []
+    original = torch.Tensor.double
+
+    def spy(self):
+        converted.append(tuple(self.shape))
+        return original(self)
+
+    monkeypatch.setattr(torch.Tensor, "double", spy)
+    found = linalg.subspace(W, metric, 12, "smallest", solver="krylov")
+    monkeypatch.undo()
+    if found.path == "krylov" and not spectrum.startswith("steep"):  # those are tried in fp64 next
+        assert (150, 1200) not in converted
+        assert (150, 150) in converted  # a strip
+    check(W.double(), Metric(C.double(), exponent, metric.lam), 12, "smallest", found, 1e-3)
+
+
+@pytest.mark.parametrize("exponent", [0, 0.5, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_a_metric_need_no_copy_of_it(exponent, dtype):
+    C = covariance(1100, 2300).float()
+    metric = Metric(C, exponent, 0.3)
+    damped = C.double() + 0.3 * torch.eye(1100, dtype=torch.float64)
+    F = {0: torch.eye(1100, dtype=torch.float64), 0.5: torch.linalg.cholesky(damped), 1: damped}[exponent]
+    X = torch.randn(7, 1100, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    near = {"rtol": 1e-4, "atol": 1e-2} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    assert torch.allclose(metric.root(X).double(), X.double() @ F, **near)
+    assert torch.allclose(metric.back(X.T.contiguous()).double(), F @ X.T.double(), **near)
+    assert metric.root(X).dtype == metric.back(X.T).dtype == dtype
+
+
+def test_symmetric_product_of_fp32_is_summed_in_fp64():
+    M = 1e3 * torch.randn(300, 1500, generator=torch.Generator().manual_seed(2))
+    G = krylov.symmetric_product(M)
+    assert G.dtype == torch.float64
+    assert torch.equal(G, G.T)
+    assert torch.allclose(G, M.double() @ M.double().T, rtol=1e-13, atol=1e-6)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
-from corda.context.lanes import Lanes, lanes_for
+from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.context.masks import followed
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
@@ -227,7 +227,6 @@ def _whole(
     model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec], round_: int
 ) -> Captured:
     device = next(model.parameters()).device
-    capture = Lanes(layers, lanes_for(layers, device))
 
     def run(cpu_batch: Batch) -> None:
         batch = cpu_batch.to(device)
@@ -235,9 +234,11 @@ def _whole(
             body(**model_inputs(batch))
 
     rest = iter(parts)
-    with hooked(model, capture), patches_counted(model, capture), capture.open():
-        while some := list(itertools.islice(rest, capture.count)):
-            capture.run(run, some)
+    with lanes(lanes_for(layers, device)) as threads:
+        capture = Lanes(layers, threads)
+        with hooked(model, capture), patches_counted(model, capture):
+            while some := list(itertools.islice(rest, threads.count)):
+                threads.run(run, some)
     capture.merge()
     capture.check_finite()
     return capture.captured(round_)

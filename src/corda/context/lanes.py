@@ -29,46 +29,70 @@ def lanes_for(layers: Sequence[LayerSpec], device: torch.device) -> int:
     return min(_MOST, torch.get_num_threads())
 
 
-class Lanes(Capture):
-    """A capture that several threads feed.
-
-    Batch i goes to lane i mod n, whose sums are its own until `merge` adds them in the order of lanes: so the result
-    depends on n and on nothing else. With n = 1 it is a plain capture.
+class Threads:
+    """n threads, each of which always takes the same place in a row of items.
 
     Attributes:
         count: n.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec], count: int = 1) -> None:
-        super().__init__(layers)
+    def __init__(self, count: int, share: int) -> None:
         self.count = count
-        self._others = [Capture(layers) for _ in range(count - 1)]
         self._local = threading.local()
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Threads for `run` inside; at the end torch has as many as before."""
-        if self.count == 1:
-            yield
-            return
-        before = torch.get_num_threads()
-        share = max(1, before // self.count)
         self._pools = [
-            ThreadPoolExecutor(1, initializer=self._begin, initargs=(lane, share)) for lane in range(self.count)
+            ThreadPoolExecutor(1, initializer=self._begin, initargs=(lane, share))
+            for lane in range(count if count > 1 else 0)
         ]
-        try:
-            yield
-        finally:
-            for pool in self._pools:
-                pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
+
+    @property
+    def lane(self) -> int:
+        """Of the thread that asks; 0 outside of them."""
+        return int(getattr(self._local, "lane", 0))
 
     def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-        """work(item) of at most `count` items, one in each lane, without gradients; results in order."""
+        """work(item) of at most n items, item i in thread i, without gradients; results in order."""
         if self.count == 1:
             return [work(item) for item in items]
         running = [pool.submit(_without_gradients, work, item) for pool, item in zip(self._pools, items, strict=False)]
         return [one.result() for one in running]
+
+    def close(self) -> None:
+        """End the threads."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def _begin(self, lane: int, share: int) -> None:
+        self._local.lane = lane
+        torch.set_num_threads(share)
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[Threads]:
+    """Threads that share torch's own between them; at the end torch has as many as before.
+
+    They are started once for a whole collection: what the libraries below set aside for a thread is not given back.
+    """
+    before = torch.get_num_threads()
+    threads = Threads(count, max(1, before // count))
+    try:
+        yield threads
+    finally:
+        threads.close()
+        if count > 1:
+            torch.set_num_threads(before)
+
+
+class Lanes(Capture):
+    """A capture that several threads feed.
+
+    Batch i goes to lane i mod n, whose sums are its own until `merge` adds them in the order of lanes: so the result
+    depends on n and on nothing else. With n = 1 it is a plain capture.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], threads: Threads) -> None:
+        super().__init__(layers)
+        self._threads = threads
+        self._others = [Capture(layers) for _ in range(threads.count - 1)]
 
     def merge(self) -> None:
         """Add the other lanes' sums to the first lane's, which are this object's own.
@@ -103,12 +127,8 @@ class Lanes(Capture):
         super().see(name, x) if mine is self else mine.see(name, x)
 
     def _mine(self) -> Capture:
-        lane = getattr(self._local, "lane", 0)
+        lane = self._threads.lane
         return self if lane == 0 else self._others[lane - 1]
-
-    def _begin(self, lane: int, threads: int) -> None:
-        self._local.lane = lane
-        torch.set_num_threads(threads)
 
 
 def _without_gradients(work: Callable[[Item], Result], item: Item) -> Result:

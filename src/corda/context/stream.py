@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
-from corda.context.lanes import Lanes, lanes_for
+from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.data.batches import Batch
 from corda.journal import Journal
 from corda.offload import LazyWeights
@@ -66,47 +66,49 @@ def streamed(
     ]
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
-    lanes = lanes_for(layers, device)
     hidden: list[list[Tensor]] = [[] for _ in rounds]
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
-    for index in progress(range(len(blocks)), "collect", len(blocks)):
-        with ExitStack() as stack:
-            if weights is not None and index <= needed:
-                embedding = model.get_input_embeddings()
-                stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
-                stack.enter_context(weights.on(modules[index], blocks[index][0], device))
-            for r, parts in enumerate(rounds):
-                done = known[index][r]
-                if index <= needed:
-                    capture = Lanes(members[index] if done is None else [], lanes)
-                    with hooked(model, capture), capture.open():
-                        for first in range(0, len(parts), lanes):
-                            ready = []
-                            for b in range(first, min(first + lanes, len(parts))):
-                                batch = parts[b].to(device)
-                                entering, args, kwargs = block_arguments(body, modules, index, inputs_of(batch), wrap)
-                                states = hidden[r][b].to(device) if index else entering
-                                ready.append(_Ready(batch.counts, states, args, kwargs))
-                            run = functools.partial(_run, modules[index], capture)
-                            for b, ran in enumerate(capture.run(run, ready), start=first):
-                                out, wrap = ran
-                                if index == 0:
-                                    hidden[r].append(out.cpu())
-                                else:
-                                    hidden[r][b] = out.cpu()
-                    capture.merge()
-                    capture.check_finite()
-                    if done is None and members[index]:
-                        done = capture.captured(r)
-                        if journal is not None:
-                            if missing:  # of all blocks to come, before the second one is run
-                                size = done.bytes * missing // _width(members[index])
-                                artifact.need_disk(journal.folder, size, "lower context.rounds")
-                                missing = 0
-                            journal.put(_key(index, r), done.packed, done.facts())
-                            done = Captured.noted(journal, _key(index, r))
-                if done is not None:
-                    yield done
+    with lanes(lanes_for(layers, device)) as threads:
+        for index in progress(range(len(blocks)), "collect", len(blocks)):
+            with ExitStack() as stack:
+                if weights is not None and index <= needed:
+                    embedding = model.get_input_embeddings()
+                    stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
+                    stack.enter_context(weights.on(modules[index], blocks[index][0], device))
+                for r, parts in enumerate(rounds):
+                    done = known[index][r]
+                    if index <= needed:
+                        capture = Lanes(members[index] if done is None else [], threads)
+                        with hooked(model, capture):
+                            for first in range(0, len(parts), threads.count):
+                                ready = []
+                                for b in range(first, min(first + threads.count, len(parts))):
+                                    batch = parts[b].to(device)
+                                    entering, args, kwargs = block_arguments(
+                                        body, modules, index, inputs_of(batch), wrap
+                                    )
+                                    states = hidden[r][b].to(device) if index else entering
+                                    ready.append(_Ready(batch.counts, states, args, kwargs))
+                                run = functools.partial(_run, modules[index], capture)
+                                for b, ran in enumerate(threads.run(run, ready), start=first):
+                                    out, wrap = ran
+                                    if index == 0:
+                                        hidden[r].append(out.cpu())
+                                    else:
+                                        hidden[r][b] = out.cpu()
+                        capture.merge()
+                        capture.check_finite()
+                        if done is None and members[index]:
+                            done = capture.captured(r)
+                            if journal is not None:
+                                if missing:  # of all blocks to come, before the second one is run
+                                    size = done.bytes * missing // _width(members[index])
+                                    artifact.need_disk(journal.folder, size, "lower context.rounds")
+                                    missing = 0
+                                journal.put(_key(index, r), done.packed, done.facts())
+                                done = Captured.noted(journal, _key(index, r))
+                    if done is not None:
+                        yield done
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,19 @@ random layers of the same proportions. The rest is counted. Bytes are bytes, tim
 
 from __future__ import annotations
 
+import copy
 import heapq
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+import torch
 
 from corda import linalg
+from corda.context.lanes import lanes_for
 from corda.errors import RecipeError
 from corda.estimate import machine
 from corda.estimate.facts import Facts
@@ -27,22 +30,24 @@ from corda.targets import LayerSpec
 
 _FP32 = 4
 _ENOUGH = 8  # tokens per input of the widest layer
-_TRAINER = 250_000_000  # bytes of the libraries that only training loads, on a CPU
+_PER_NODE = 8  # processes that share a disk
+_METER_BYTES = 2 << 30  # covariances that the drift meter keeps between readings
+_TRAINER = 200_000_000  # bytes of the libraries that only training loads, on a CPU
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a recipe is to run.
+    """How a recipe is spread over devices.
 
     Attributes:
-        device: One device.
-        processes: How many processes, each with one.
-        shard: The weights are divided over the processes, one block gathered at a time.
+        processes: With one device each; calibration tokens, layers and training batches are divided over them.
+        shard: Weights are divided over the processes (FSDP), one block gathered at a time.
+        offload: Instead of the recipe's context.offload.
     """
 
-    device: Device
     processes: int = 1
     shard: bool = False
+    offload: bool | None = None
 
 
 def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard: bool = False) -> dict[str, Any]:
@@ -51,12 +56,21 @@ def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard
     Args:
         recipe: Of the run.
         profile: "auto" measures this machine for some seconds; or the name of one in `machine.PROFILES`.
-        processes: With one device each; calibration tokens, layers and training batches are divided over them.
-        shard: Weights are divided over the processes (FSDP).
+        processes: See `Setting`.
+        shard: See `Setting`.
 
     Raises:
         CordaError: the recipe does not fit the model.
         RecipeError: there is no profile of that name.
+    """
+    return estimates(recipe, profile, [Setting(processes, shard)])[0]
+
+
+def estimates(recipe: Recipe, profile: str, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+    """`estimate` for several settings of one recipe, which is rehearsed once.
+
+    Raises:
+        CordaError: see `estimate`.
     """
     if profile != "auto" and profile not in machine.PROFILES:
         raise RecipeError(
@@ -66,34 +80,46 @@ def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard
     shapes = [(layer.d_out, layer.d_in) for layer in facts.layers]
     widest = max(layer.d_in for layer in facts.layers)
     device = machine.PROFILES.get(profile) or machine.measure(shapes, widest, recipe.output_dir)
-    work = _Work(facts, Setting(device, processes, shard))
-    return work.everything()
+    work = _Work(facts, device)
+    return [work.spread(setting).everything() for setting in settings]
 
 
 class _Work:
-    def __init__(self, facts: Facts, setting: Setting) -> None:
-        self.facts, self.recipe = facts, facts.recipe
-        self.device, self.processes, self.shard = setting.device, setting.processes, setting.shard
-        self.on_cpu = self.device.kind == "cpu"
+    def __init__(self, facts: Facts, device: Device) -> None:
+        self.facts, self.recipe, self.device = facts, facts.recipe, device
+        self.on_cpu = device.kind == "cpu"
+        _ = facts.tokens, facts.groups  # the records are in memory in a run as well
         self.baseline = psutil.Process(os.getpid()).memory_info().rss if self.on_cpu else 0
         self.rehearsed: dict[tuple[int, int], Rehearsed] = {}
         self.side_by_side = self.on_cpu and max(x.max_rank for x in facts.layers) <= linalg.EXACT_LIMIT
         self.plans = self.recipe.adapter.mode != "lora"
         if self.plans:
             self._rehearse()
+        self.step = self._training_step()
+        self.pass_ = self._forward_step() if facts.tokens.rounds else Step(0, 0, 0)
+
+    def spread(self, setting: Setting) -> _Work:
+        """The same work in another setting."""
+        other = copy.copy(self)
+        other.processes, other.shard = setting.processes, setting.shard
+        other.offload = self.recipe.context.offload if setting.offload is None else setting.offload
+        return other
+
+    processes: int
+    shard: bool
+    offload: bool
 
     def everything(self) -> dict[str, Any]:
         """The whole estimate."""
         facts = self.facts
         tokens = facts.tokens
-        step = self._training_step()
         memory, seconds = {}, {}
         if tokens.rounds:
             memory["collect"], seconds["collect"] = self._collect_memory(), self._collect_seconds()
         if self.plans:
             memory["plan"], seconds["plan"] = self._plan_memory(), self._plan_seconds()
-        memory |= {"train": self._train_memory(step), "export": self._export_memory()}
-        seconds["train"] = self._train_seconds(step)
+        memory |= {"train": self._train_memory(self.step), "export": self._export_memory()}
+        seconds["train"] = self._train_seconds(self.step)
         widest = max(layer.d_in for layer in facts.layers)
         calibration = {
             "tokens_per_round": tokens.rounds[0] if tokens.rounds else 0,
@@ -127,9 +153,8 @@ class _Work:
     # Collect
 
     def _collect_memory(self) -> dict[str, Any]:
-        facts, options = self.facts, self.recipe.context
+        facts, step = self.facts, self.pass_
         tokens = facts.tokens
-        step = self._forward_step()
         covariances = max(_square(groups) for groups in facts.block_groups())
         packed_all = sum(_packed(groups) for groups in facts.block_groups())
         largest = max((m[0].d_in for groups in facts.block_groups() for _, m in groups), default=0)
@@ -140,8 +165,10 @@ class _Work:
         copies = 0 if facts.dtype.itemsize == _FP32 or not self.on_cpu else _FP32 * self._batch_tokens() * largest
         hidden = sum(tokens.rounds) * facts.hidden * facts.dtype.itemsize // self.processes if streamed else 0
         kept = 0 if streamed else packed_all * len(tokens.rounds)
-        weights = self._resident(offload=options.offload or facts.inputs.quantisation is not None)
-        device = {"weights": weights, "covariances": covariances, "work": max(forward + copies, packing)}
+        weights = self._resident("plan")
+        lanes = lanes_for(facts.layers, torch.device("cpu")) if self.on_cpu else 1
+        work = max(lanes * (forward + copies), packing)
+        device = {"weights": weights, "covariances": lanes * covariances, "work": work}
         return self._memory(device, {"hidden_states": hidden, "kept_covariances": kept})
 
     def _forward_step(self) -> Step:
@@ -159,18 +186,17 @@ class _Work:
         facts, device = self.facts, self.device
         tokens = sum(facts.tokens.rounds)
         share = tokens / self.processes
-        linear = facts.parameters - facts.embedding() * (1 if self._tied() else 2)
-        forward = 2.0 * self._active(linear) * share / device.forward
+        forward = 2.0 * self._active(self._linear()) * share / device.forward
         triangles = sum(triangle_flops(m[0].d_in, share) for m in facts.groups.values()) / device.products
         rounds = len(facts.tokens.rounds)
         written = rounds * sum(_packed(g) for g in facts.block_groups())
         moved = 2.0 * share * facts.hidden * facts.dtype.itemsize * len(facts.blocks or []) / device.link
-        read = facts.weight_bytes(full=True) / device.disk
+        read = facts.weight_bytes(full=True) / device.disk  # once for all processes of a node
         parts = {"forward": forward, "products": triangles, "write": written / device.disk, "read_weights": read}
         if not self.on_cpu:
             parts["move"] = moved + written / device.link
         if self.processes > 1:
-            parts["all_reduce"] = 2.0 * (self.processes - 1) / self.processes * written / device.network
+            parts["network"] = self._network()["collect"] / device.network
         return parts
 
     # Plan
@@ -195,10 +221,10 @@ class _Work:
             self.device = replace(self.device, solve=slowest)
 
     def _plan_memory(self) -> dict[str, Any]:
-        facts, options = self.facts, self.recipe
+        facts = self.facts
         layer = max((found.bytes for found in self.rehearsed.values()), default=0)
         copies = self.device.threads if self.side_by_side else 1
-        weights = self._resident(offload=options.context.offload or facts.inputs.quantisation is not None)
+        weights = self._resident("plan")
         spectra = sum(x.max_rank for x in facts.layers) * _FP32
         kept = (facts.factor_bytes + spectra) * 2  # once more while they are written
         return self._memory({"weights": weights, "work": layer * copies}, {"factors": kept})
@@ -221,7 +247,7 @@ class _Work:
     def _plan_seconds(self) -> dict[str, float]:
         facts = self.facts
         layers = [self._layer_seconds(layer) for layer in facts.layers]
-        read = sum(_packed(g) for g in facts.block_groups()) / self.device.disk / self.processes
+        read = sum(_packed(g) for g in facts.block_groups()) / self.device.disk / -(-self.processes // _PER_NODE)
         parts = {"decompose": _makespan(layers, self.processes), "read": read}
         if self.processes > 1:
             parts["gather"] = facts.factor_bytes / self.device.network
@@ -262,15 +288,20 @@ class _Work:
 
     def _train_memory(self, step: Step) -> dict[str, Any]:
         depth = len(self.facts.blocks or self._layer_count())
-        adapters = self.facts.factor_bytes * (1 if self.recipe.adapter.mode == "lora" else 2)
-        optimiser = self.facts.trainable * _FP32 * 3  # gradients and two moments
+        among = self.processes if self.shard else 1
+        adapters = self.facts.factor_bytes * (1 if self.recipe.adapter.mode == "lora" else 2) // among
+        optimiser = self.facts.trainable * _FP32 * 3 // among  # gradients and two moments
         device = {
-            "weights": self._resident(four_bit=True),
+            "weights": self._resident("train"),
             "adapters": adapters,
             "optimiser": optimiser,
             "work": step.peak(depth),
         }
         host = {"libraries": _TRAINER, "plan": self.facts.factor_bytes} if self.on_cpu else {}
+        if self.recipe.metered:  # covariances that stay in memory where there is room for all
+            size = sum(_square([group]) for group in self.facts.groups.items())
+            sides = 2 if self.recipe.context.held_out else 1
+            host["drift_meter"] = sides * (size if size <= _METER_BYTES else 0)
         return self._memory(device, host)
 
     def _layer_count(self) -> range:
@@ -286,11 +317,15 @@ class _Work:
             global_batch = batch * options.gradient_accumulation_steps * self.processes
             steps = math.ceil(options.num_train_epochs * max(facts.tokens.training_records, 1) / global_batch)
         rows = max(batch * facts.tokens.training_row, 1)
-        head = 6.0 * facts.embedding() * rows
-        flops = (step.flops * depth + head) / rows * per_step
+        head = 6.0 * facts.embedding()
+        passes = 4.0 * self._active(self._linear())  # forwards, and backwards to the inputs: weights are frozen
+        flops = (max(step.flops * depth / rows, passes) + head) * per_step
         if options.gradient_checkpointing:
             flops *= 1.33
-        return {"steps": steps * flops / self.device.forward}
+        parts = {"steps": steps * flops / self.device.forward}
+        if self.processes > 1:
+            parts["network"] = steps * self._network()["train_per_step"] / self.device.network
+        return parts
 
     # Export
 
@@ -310,12 +345,15 @@ class _Work:
             return {"device": on_device | {"process": self.baseline, "total": total}, "host": dict(host)}
         return {"device": on_device | {"total": sum(device.values())}, "host": dict(host)}
 
-    def _resident(self, *, offload: bool = False, four_bit: bool = False) -> int:
+    def _resident(self, stage: Literal["collect", "plan", "train"]) -> int:
         """Bytes of weights on one device."""
         facts = self.facts
-        if offload and not four_bit:
+        starting = stage != "train"
+        if starting and (self.offload or facts.inputs.quantisation is not None):
             return facts.block_bytes()
-        size = facts.weight_bytes(full=not four_bit)
+        if stage != "train" and self.on_cpu and not self.shard:
+            return facts.touched_bytes(stage)
+        size = facts.weight_bytes(full=starting)
         return size // self.processes + facts.block_bytes() if self.shard and self.processes > 1 else size
 
     def _disk(self) -> dict[str, int]:
@@ -350,8 +388,10 @@ class _Work:
             found["train_per_step"] += round(2 * share * facts.weight_bytes())
         return found
 
-    def _tied(self) -> bool:
-        return bool(getattr(self.facts.model.config.get_text_config(), "tie_word_embeddings", False))
+    def _linear(self) -> int:
+        """Parameters without embedding and head."""
+        tied = getattr(self.facts.model.config.get_text_config(), "tie_word_embeddings", False)
+        return self.facts.parameters - self.facts.embedding() * (1 if tied else 2)
 
     def _active(self, linear: int) -> float:
         """Parameters that a token meets: of a mixture of experts, those of the chosen ones."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -157,6 +157,17 @@ class Facts:
             return self.parameters * size
         packed = sum(layer.d_in * layer.d_out for layer in self.layers)
         return round(packed * (0.5 + _SCALE_BYTES[kind.double_quant]) + (self.parameters - packed) * size)
+
+    def touched_bytes(self, stage: Literal["collect", "plan"]) -> int:
+        """Of a model on a CPU, whose file is mapped where it has the run's dtype: what the stage reads of it."""
+        if self._config.dtype not in {self.dtype, None} or self.blocks is None:
+            return self.weight_bytes(full=True)
+        if stage == "plan":
+            numbers = sum(x.d_in * x.d_out for x in self.layers)
+        else:
+            last = max(i for i, groups in enumerate(self.block_groups()) if groups)
+            numbers = sum(p.numel() for _, block in self.blocks[: last + 1] for p in block.parameters())
+        return numbers * self.dtype.itemsize
 
     def block_bytes(self) -> int:
         """Of the largest block and the embedding, in full precision."""

@@ -60,9 +60,9 @@ class Device:
 
 
 # Data sheet: 989 TFLOP/s dense bf16, 67 fp64 on tensor cores and 67 fp32, 80 GB, PCIe 5 x16, 8 x 400 Gbit/s for 8
-# cards. Assumed of that: 45 % in passes, 30 % in the products with fp32 output, 10 % in decompositions, a disk of
-# 3 GB/s shared by 8, half of link and network. Nothing here has been measured by this project.
-H100 = Device("h100", "cuda", 80_000_000_000, 1, 445e12, 300e12, 6.7e12, 0.4e9, 25e9, 25e9, False)
+# cards. Assumed of that: 45 % in passes, 30 % in the products with fp32 output, 10 % in decompositions, one disk of
+# 3 GB/s for 8 cards, half of link and network. Nothing here has been measured by this project.
+H100 = Device("h100", "cuda", 80_000_000_000, 1, 445e12, 300e12, 6.7e12, 3e9, 25e9, 25e9, False)
 PROFILES = {"h100": H100}
 
 
