@@ -12,7 +12,8 @@ from torch import nn
 
 from corda import artifact, pipeline
 from corda.errors import RecipeError
-from corda.estimate.estimate import _makespan, estimate
+from corda.estimate.counting import makespan
+from corda.estimate.estimate import estimate
 from corda.estimate.facts import Facts
 from corda.estimate.machine import H100, measure, rehearse_decomposition
 from corda.estimate.rehearse import Live, faked, forward_bytes, shared_inputs, training_bytes
@@ -149,10 +150,10 @@ def test_a_rehearsed_decomposition_scales():
     assert 3 < large / small < 5
 
 
-def test_makespan():
-    assert _makespan([5, 3, 3, 3, 2, 2], 2) == 10
-    assert _makespan([5, 3, 3, 3, 2, 2], 6) == 5
-    assert _makespan([5, 3, 3, 3, 2, 2], 1) == 18
+def testmakespan():
+    assert makespan([5, 3, 3, 3, 2, 2], 2) == 10
+    assert makespan([5, 3, 3, 3, 2, 2], 6) == 5
+    assert makespan([5, 3, 3, 3, 2, 2], 1) == 18
 
 
 def test_this_machine_can_be_measured(tmp_path):

@@ -7,7 +7,6 @@ random layers of the same proportions. The rest is counted. Bytes are bytes, tim
 from __future__ import annotations
 
 import copy
-import heapq
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from corda import linalg
 from corda.context.lanes import lanes_for
 from corda.errors import RecipeError
 from corda.estimate import machine
+from corda.estimate.counting import FP32, eigenproblem, half, makespan, packed, square
 from corda.estimate.facts import Facts
 from corda.estimate.machine import Device, Rehearsed, decomposition_flops, triangle_flops
 from corda.estimate.rehearse import TILES, Step, forward_bytes, training_bytes
@@ -28,7 +28,6 @@ from corda.inputs import Inputs
 from corda.recipe import TWO_CONTEXTS, Recipe
 from corda.targets import LayerSpec
 
-_FP32 = 4
 _ENOUGH = 8  # tokens per input of the widest layer
 _PER_NODE = 8  # processes that share a disk
 _METER_BYTES = 2 << 30  # covariances that the drift meter keeps between readings
@@ -155,14 +154,14 @@ class _Work:
     def _collect_memory(self) -> dict[str, Any]:
         facts, step = self.facts, self.pass_
         tokens = facts.tokens
-        covariances = max(_square(groups) for groups in facts.block_groups())
-        packed_all = sum(_packed(groups) for groups in facts.block_groups())
+        covariances = max(square(groups) for groups in facts.block_groups())
+        packed_all = sum(packed(groups) for groups in facts.block_groups())
         largest = max((m[0].d_in for groups in facts.block_groups() for _, m in groups), default=0)
         # Packing: the triangles of a block so far, and one more while it is divided.
-        packing = max(_packed(groups) for groups in facts.block_groups()) + _FP32 * _half(largest)
+        packing = max(packed(groups) for groups in facts.block_groups()) + FP32 * half(largest)
         streamed = facts.blocks is not None
         forward = step.peak(1) if streamed else step.peak(2)
-        copies = 0 if facts.dtype.itemsize == _FP32 or not self.on_cpu else _FP32 * self._batch_tokens() * largest
+        copies = 0 if facts.dtype.itemsize == FP32 or not self.on_cpu else FP32 * self._batch_tokens() * largest
         hidden = sum(tokens.rounds) * facts.hidden * facts.dtype.itemsize // self.processes if streamed else 0
         kept = 0 if streamed else packed_all * len(tokens.rounds)
         weights = self._resident("plan")
@@ -186,10 +185,10 @@ class _Work:
         facts, device = self.facts, self.device
         tokens = sum(facts.tokens.rounds)
         share = tokens / self.processes
-        forward = 2.0 * self._active(self._linear()) * share / device.forward
+        forward = 2.0 * self.facts.active * share / device.forward
         triangles = sum(triangle_flops(m[0].d_in, share) for m in facts.groups.values()) / device.products
         rounds = len(facts.tokens.rounds)
-        written = rounds * sum(_packed(g) for g in facts.block_groups())
+        written = rounds * sum(packed(g) for g in facts.block_groups())
         moved = 2.0 * share * facts.hidden * facts.dtype.itemsize * len(facts.blocks or []) / device.link
         read = facts.weight_bytes(full=True) / device.disk  # once for all processes of a node
         parts = {"forward": forward, "products": triangles, "write": written / device.disk, "read_weights": read}
@@ -213,7 +212,7 @@ class _Work:
                 *shape, facts.ranks[layer.name], end, options.exponent, facts.dtype, side_by_side=self.side_by_side
             )
             if options.mode in TWO_CONTEXTS:  # a second covariance, and an eigenproblem of both
-                more = _FP32 * layer.d_in**2 + 2 * 8 * _eigenproblem(layer, options.mode) ** 2
+                more = FP32 * layer.d_in**2 + 2 * 8 * eigenproblem(layer, options.mode) ** 2
                 found = replace(found, bytes=found.bytes + more)
             self.rehearsed[shape] = found
         if self.device.measured:
@@ -225,7 +224,7 @@ class _Work:
         layer = max((found.bytes for found in self.rehearsed.values()), default=0)
         copies = self.device.threads if self.side_by_side else 1
         weights = self._resident("plan")
-        spectra = sum(x.max_rank for x in facts.layers) * _FP32
+        spectra = sum(x.max_rank for x in facts.layers) * FP32
         kept = (facts.factor_bytes + spectra) * 2  # once more while they are written
         return self._memory({"weights": weights, "work": layer * copies}, {"factors": kept})
 
@@ -236,7 +235,7 @@ class _Work:
         rate = self.rehearsed[shape].rate if self.device.measured else self.device.solve
         seconds = decomposition_flops(*shape, rank, options.exponent) / rate
         if options.mode in TWO_CONTEXTS:
-            n = _eigenproblem(layer, options.mode)
+            n = eigenproblem(layer, options.mode)
             return (4.0 * layer.d_in**2 * layer.max_rank + 12.0 * n**3) / rate
         rounds = self.recipe.context.rounds
         if self.recipe.context.selection == "dynamic" or options.allocation == "dynamic":
@@ -247,8 +246,8 @@ class _Work:
     def _plan_seconds(self) -> dict[str, float]:
         facts = self.facts
         layers = [self._layer_seconds(layer) for layer in facts.layers]
-        read = sum(_packed(g) for g in facts.block_groups()) / self.device.disk / -(-self.processes // _PER_NODE)
-        parts = {"decompose": _makespan(layers, self.processes), "read": read}
+        read = sum(packed(g) for g in facts.block_groups()) / self.device.disk / -(-self.processes // _PER_NODE)
+        parts = {"decompose": makespan(layers, self.processes), "read": read}
         if self.processes > 1:
             parts["gather"] = facts.factor_bytes / self.device.network
         return parts
@@ -290,7 +289,7 @@ class _Work:
         depth = len(self.facts.blocks or self._layer_count())
         among = self.processes if self.shard else 1
         adapters = self.facts.factor_bytes * (1 if self.recipe.adapter.mode == "lora" else 2) // among
-        optimiser = self.facts.trainable * _FP32 * 3 // among  # gradients and two moments
+        optimiser = self.facts.trainable * FP32 * 3 // among  # gradients and two moments
         device = {
             "weights": self._resident("train"),
             "adapters": adapters,
@@ -299,7 +298,7 @@ class _Work:
         }
         host = {"libraries": _TRAINER, "plan": self.facts.factor_bytes} if self.on_cpu else {}
         if self.recipe.metered:  # covariances that stay in memory where there is room for all
-            size = sum(_square([group]) for group in self.facts.groups.items())
+            size = sum(square([group]) for group in self.facts.groups.items())
             sides = 2 if self.recipe.context.held_out else 1
             host["drift_meter"] = sides * (size if size <= _METER_BYTES else 0)
         return self._memory(device, host)
@@ -318,7 +317,7 @@ class _Work:
             steps = math.ceil(options.num_train_epochs * max(facts.tokens.training_records, 1) / global_batch)
         rows = max(batch * facts.tokens.training_row, 1)
         head = 6.0 * facts.embedding()
-        passes = 4.0 * self._active(self._linear())  # forwards, and backwards to the inputs: weights are frozen
+        passes = 4.0 * self.facts.active  # forwards, and backwards to the inputs: weights are frozen
         flops = (max(step.flops * depth / rows, passes) + head) * per_step
         if options.gradient_checkpointing:
             flops *= 1.33
@@ -358,8 +357,8 @@ class _Work:
 
     def _disk(self) -> dict[str, int]:
         facts, factors = self.facts, self.facts.factor_bytes
-        covariances = sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
-        spectra = sum(x.max_rank for x in facts.layers) * _FP32
+        covariances = sum(packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
+        spectra = sum(x.max_rank for x in facts.layers) * FP32
         doubled = 2 if self.recipe.adapter.has_start else 1
         parts = {
             "covariances": covariances,
@@ -377,60 +376,19 @@ class _Work:
         if self.processes == 1:
             return {}
         facts, share = self.facts, (self.processes - 1) / self.processes
-        reduced = 2 * share * sum(_packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
+        reduced = 2 * share * sum(packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
         found = {
             "collect": round(reduced),
             "plan": round(share * facts.factor_bytes),
-            "train_per_step": round(2 * share * facts.trainable * _FP32),
+            "train_per_step": round(2 * share * facts.trainable * FP32),
         }
         if self.shard:
             found["collect"] += round(share * facts.weight_bytes(full=True))
             found["train_per_step"] += round(2 * share * facts.weight_bytes())
         return found
 
-    def _linear(self) -> int:
-        """Parameters without embedding and head."""
-        tied = getattr(self.facts.model.config.get_text_config(), "tie_word_embeddings", False)
-        return self.facts.parameters - self.facts.embedding() * (1 if tied else 2)
-
-    def _active(self, linear: int) -> float:
-        """Parameters that a token meets: of a mixture of experts, those of the chosen ones."""
-        config = self.facts.model.config.get_text_config()
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        chosen = getattr(config, "num_experts_per_tok", None)
-        if not experts or not chosen:
-            return float(linear)
-        inside = sum(p.numel() for n, p in self.facts.model.named_parameters() if ".experts." in n)
-        return float(linear - inside + inside * chosen / experts)
-
     def _assumptions(self) -> list[str]:
         found = ["evaluation, generation and downloads are not counted"]
         if not self.device.measured:
             found.append(f"rates of {self.device.name} are assumed, not measured")
         return found
-
-
-def _eigenproblem(layer: LayerSpec, mode: str) -> int:
-    """Size of the one that two contexts pose."""
-    return layer.d_in if mode == "contrast" else layer.max_rank
-
-
-def _half(d: int) -> int:
-    """Numbers in a packed upper triangle."""
-    return d * (d + 256) // 2 if d > 256 else d * d
-
-
-def _square(groups: Sequence[tuple[str, list[LayerSpec]]]) -> int:
-    return sum(_FP32 * members[0].d_in ** 2 for _, members in groups)
-
-
-def _packed(groups: Sequence[tuple[str, list[LayerSpec]]]) -> int:
-    return sum(_FP32 * _half(members[0].d_in) for _, members in groups)
-
-
-def _makespan(costs: Sequence[float], processes: int) -> float:
-    """When the last of the processes ends, the dearest layers being given out first."""
-    loads = [0.0] * processes
-    for cost in sorted(costs, reverse=True):
-        heapq.heapreplace(loads, loads[0] + cost)
-    return max(loads)

@@ -149,6 +149,19 @@ class Facts:
         """Width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    @cached_property
+    def active(self) -> float:
+        """Parameters that a token meets between embedding and head: of experts, those of the chosen ones."""
+        config = self.model.config.get_text_config()
+        tied = getattr(config, "tie_word_embeddings", False)
+        all_ = self.parameters - self.embedding() * (1 if tied else 2)
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        chosen = getattr(config, "num_experts_per_tok", None)
+        if not experts or not chosen:
+            return float(all_)
+        inside = sum(p.numel() for n, p in self.model.named_parameters() if ".experts." in n)
+        return float(all_ - inside + inside * chosen / experts)
+
     def weight_bytes(self, *, full: bool = False) -> int:
         """Of the base as it is held, or (full) in the dtype that a 4-bit base is made from."""
         size = self.dtype.itemsize
