@@ -1,4 +1,4 @@
-"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, and what the drift meter says.
+"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, what the meter says.
 
 python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
 time is over, and writes results/contrast-smollm2.json after each. What is in the output folder already is not run

@@ -35,6 +35,10 @@ def four_bit(raw_recipe, **adapter):
         ("kpm", None, "frozen", 2),
         ("kpm", "intact", "frozen", 1),
         ("kpm", "intact", "none", 1),
+        ("dual", None, "fit", 2),
+        ("dual", "intact", "frozen", 1),
+        ("contrast", None, "none", 1),
+        ("contrast", None, "frozen", 1),
         ("lora", None, "none", 1),
     ],
 )
@@ -47,11 +51,12 @@ def test_a_run_on_a_4bit_base(raw_recipe, mode, base, correction, rounds):
     if mode == "lora":
         assert results["plan"]["quantisation"] is None
         return
-    extra = 4 if (base, correction) == ("intact", "frozen") else 0
-    assert results["export"]["rank"] == 8 + extra
+    intact = base == "intact" or mode == "contrast"
+    extra = 4 if intact and correction == "frozen" else 0
+    assert results["export"]["rank"] == (4 if mode == "contrast" else 8) + extra
     errors = results["plan"]["quantisation"]
     assert 0 < errors["output_plain"] < 1
-    if correction == "none" and base == "intact":
+    if correction == "none" and intact:
         assert errors["output_ratio"] == 1
         assert results["step0"]["max_relative_logit_difference"] == 0
     else:

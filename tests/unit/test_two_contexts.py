@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from scipy import linalg as scipy_linalg
 from transformers import AutoModelForCausalLM
 
-from corda import linalg, tradeoff
+from corda import linalg, pipeline, tradeoff
 from corda.adapter import attach, relative_difference
 from corda.context.collect import collect, collect_encoded
 from corda.context.store import load, save
@@ -364,6 +365,76 @@ def test_recipes_that_do_not_fit_are_refused(raw_recipe, block, message):
         raw_recipe.setdefault(name, {}).update(values)
     with pytest.raises(RecipeError, match=message):
         parse_recipe(raw_recipe)
+
+
+@pytest.mark.parametrize("mode", ["dual", "contrast"])
+def test_offloading_changes_nothing(raw_recipe, tmp_path, mode):
+    raw_recipe["adapter"] |= {"mode": mode, "allocation": "dynamic"}
+    raw_recipe["context"] |= {"rounds": 1, "held_out": 2}
+    whole = pipeline.run(parse_recipe(raw_recipe))
+    raw_recipe["output_dir"] = str(tmp_path / "offloaded")
+    raw_recipe["context"]["offload"] = True
+    offloaded = pipeline.run(parse_recipe(raw_recipe))
+    ranks = [[layer["rank"] for layer in run["plan"]["layers"]] for run in (whole, offloaded)]
+    assert ranks[0] == ranks[1]
+    assert offloaded["train"]["loss"] == pytest.approx(whole["train"]["loss"], rel=1e-4)
+    assert offloaded["drift"]["total"] == pytest.approx(whole["drift"]["total"], rel=1e-3)
+
+
+def test_a_resumed_training_keeps_a_frozen_and_its_curve(raw_recipe, tmp_path, monkeypatch):
+    import trl
+    from transformers import TrainerCallback
+
+    raw_recipe["adapter"]["mode"] = "contrast"
+    raw_recipe["training"] |= {"max_steps": 6, "save_steps": 2, "drift_steps": 1}
+    straight = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "straight")}))
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    original = trl.SFTTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trl.SFTTrainer, "__init__", lambda self, *a, **k: original(self, *a, callbacks=[Interrupt()], **k)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(parse_recipe(raw_recipe))
+    resumed = pipeline.run(parse_recipe(raw_recipe))
+    assert resumed["train"]["drift_step"] == straight["train"]["drift_step"] == [1, 2, 3, 4, 5, 6]
+    assert resumed["train"]["drift"] == pytest.approx(straight["train"]["drift"], rel=1e-3)
+    assert resumed["train"]["loss"] == pytest.approx(straight["train"]["loss"], rel=1e-4)
+    exported = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    planned = load_file(tmp_path / "run" / "plan" / "factors.safetensors")
+    for name, tensor in exported.items():
+        if ".lora_A." in name:
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            assert torch.equal(tensor, planned[f"{layer}.A"])
+
+
+def test_collected_covariances_serve_every_setting_of_the_adapter(raw_recipe, monkeypatch):
+    calls = []
+    original = pipeline.collect.collect_encoded
+    monkeypatch.setattr(pipeline.collect, "collect_encoded", lambda *a, **k: calls.append(1) or original(*a, **k))
+    raw_recipe["adapter"]["mode"] = "contrast"
+    pipeline.run(parse_recipe(raw_recipe))
+    for change in ({"mu": 0.1}, {"directions": "task"}, {"train_a": True}, {"orthonormal": True}):
+        raw_recipe["adapter"] |= change
+        pipeline.run(parse_recipe(raw_recipe))
+    assert len(calls) == 1
+
+
+def test_peft_s_preprocessing_says_where_two_contexts_are(model, texts):
+    from peft import LoraConfig
+    from peft.tuners.lora.config import CordaConfig
+
+    from corda.compat import preprocess_corda
+
+    config = LoraConfig(init_lora_weights="corda", target_modules=["q_proj"], corda_config=CordaConfig())
+    config.corda_config.corda_method = "contrast"
+    with pytest.raises(RecipeError, match=r"that mode two.*collect\(..., learn=...\)"):
+        preprocess_corda(model, config, run_model=lambda: model(input_ids=IDS))
 
 
 def test_the_stored_context_tells_its_sides(both, tmp_path):

@@ -114,6 +114,9 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
             "step0": trained.manifest["step0"]["max_relative_logit_difference"],
             "warnings": [*plan.warnings, *trained.manifest["warnings"]],
         }
+        if stages.recipe.metered:
+            drift = artifact.read_json(trained.path("drift.json"))
+            facts["drift"] = {key: drift[key] for key in ("total", "rms", "held_out")}
         sound = all(math.isfinite(loss) for loss in curve["loss"])
         after = _or_none(stages.after) if sound else None
     else:
