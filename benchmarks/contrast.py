@@ -1,9 +1,10 @@
-"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, and what the drift meter says.
+"""Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, the meter's readings.
 
 python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
 time is over, and writes results/contrast-smollm2.json after each. What is in the output folder already is not run
-again; `--minutes 0` only writes the result. The covariances of a task are collected once, for all seeds: 384 records of
-NQ-open, 64 more that are held out, and 64 of the task. A seed is that of the training data, its order and random starts.
+again; `--minutes 0` only writes the result. The covariances of a task are collected once, for all seeds: 384 records
+of NQ-open, 64 more that are held out, and 64 of the task. A seed is that of the training data, its order and random
+starts.
 """
 
 from __future__ import annotations
