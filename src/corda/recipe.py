@@ -114,6 +114,9 @@ class AdapterOptions(Strict):
     mu: float | None = Field(
         None, gt=0, description="least share of the knowledge in every direction; default: 1 for contrast, 0.1 for dual"
     )
+    normalise: Literal["trace", "median"] = Field(
+        "trace", description="scale of both contexts: trace; median: of eigenvalues, which huge activations do not move"
+    )
     beta: float = Field(0.5, ge=0, le=1, description="for directions combination: weight of the knowledge")
     train_a: bool | None = Field(None, description="train A too; default: not in contrast, where A only sees the task")
     row_norm: float = Field(0.577, gt=0, description="length of A's rows in contrast; LoRA's random rows have 0.577")

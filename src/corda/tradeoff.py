@@ -1,6 +1,6 @@
 """Two contexts at once: directions that weigh what a task needs against what is to be kept. Tensors and numbers only.
 
-T is the task's second moment and K that of the knowledge, both (n, n) at unit trace: of a layer's inputs (mode
+T is the task's second moment and K that of the knowledge, both (n, n) at a unit scale: of a layer's inputs (mode
 contrast) or of its outputs (mode dual). The contrast takes the largest generalised eigenvectors of
 T a = θ (K + μ/n I) a: θ says how many times more of the task's energy than of the knowledge's lies along a direction,
 μ/n being as much of the knowledge as every direction is taken to hold at least.
@@ -50,8 +50,23 @@ def unit_trace(C: Tensor) -> Tensor:
     return C / trace
 
 
+def unit_median(C: Tensor) -> Tensor:
+    """C (n, n) in fp64, divided by n times the median of its positive eigenvalues: 1/n is a typical direction's energy.
+
+    Where one direction of very large activations is nearly all of the trace, every other one is far below μ/n at unit
+    trace, and the contrast would take that very direction; at unit median it is one among n.
+
+    Raises:
+        ValueError: C is zero or not finite.
+    """
+    C = unit_trace(C)
+    values = torch.linalg.eigvalsh(C)
+    positive = values[values > 1e-12 * values[-1]]
+    return C / (len(C) * float(positive.median()))
+
+
 def output_moment(R: Tensor, C: Tensor, exponent: float) -> Tensor:
-    """R C^{2a} Rᵀ at unit trace, (n, n) fp64, without a square root of C.
+    """R C^{2a} Rᵀ, (n, n) fp64, at any scale, without a square root of C.
 
     Args:
         R: (n, d_in) fp64, see `linalg.reduce`.
@@ -64,7 +79,8 @@ def output_moment(R: Tensor, C: Tensor, exponent: float) -> Tensor:
     if exponent not in {0.5, 1.0}:
         raise ValueError(f"exponent {exponent} does not tell two contexts apart; it has to be 0.5 or 1")
     M = R @ C.double()
-    return unit_trace(M @ R.T if exponent == 0.5 else krylov.symmetric_product(M))
+    moment: Tensor = M @ R.T if exponent == 0.5 else krylov.symmetric_product(M)
+    return moment
 
 
 def directions(
@@ -85,7 +101,7 @@ def directions(
     outputs); "random": Gaussian.
 
     Args:
-        T: (n, n) fp64 at unit trace, symmetric; may be singular.
+        T: (n, n) fp64 at unit trace or unit median, symmetric; may be singular.
         K: The same of the knowledge.
         rank: r, 1 <= r <= n.
         kind: Which.

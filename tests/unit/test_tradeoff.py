@@ -59,6 +59,23 @@ def test_the_scale_of_either_context_does_not_matter():
     assert float(tradeoff.unit_trace(C_t).trace()) == pytest.approx(1)
 
 
+def test_one_direction_of_huge_activations_does_not_hide_the_others_at_unit_median():
+    d = 40
+    C_t, C_k = moment(d, 300, 0), moment(d, 300, 1)
+    huge = torch.zeros(d, dtype=torch.float64)
+    huge[3] = 1e4
+    shared = [C + torch.outer(huge, huge) * size for C, size in ((C_t, 1.0), (C_k, 0.9))]
+    at_trace, at_median = ([scale(C) for C in shared] for scale in (tradeoff.unit_trace, tradeoff.unit_median))
+    assert abs(float(tradeoff.directions(*at_trace, 1).vectors[3, 0])) > 0.99
+    assert float(tradeoff.directions(*at_median, 4).vectors[3].abs().max()) < 0.1
+    plain = tradeoff.directions(tradeoff.unit_median(C_t), tradeoff.unit_median(C_k), 4).values
+    assert torch.allclose(tradeoff.directions(*at_median, 4).values, plain, rtol=0.5)
+    values = torch.linalg.eigvalsh(at_median[0])
+    assert float(values.median()) == pytest.approx(1 / d, rel=0.1)
+    singular = torch.linalg.eigvalsh(tradeoff.unit_median(moment(d, 9, 2)))
+    assert float(singular[-9:].median()) == pytest.approx(1 / d, rel=1e-6)
+
+
 def test_a_small_mu_keeps_more_of_the_knowledge_out():
     T, K = pair()
     shares = [tradeoff.share(tradeoff.directions(T, K, 8, mu=mu).vectors, K) for mu in (100.0, 1.0, 0.01)]
@@ -101,7 +118,7 @@ def test_output_moments_are_those_of_the_weight(exponent):
     W = torch.randn(25, 40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     C = moment(40, 10, 0)
     reduced = linalg.reduce(W)
-    found = tradeoff.output_moment(reduced.R, C, exponent)
+    found = tradeoff.unit_trace(tradeoff.output_moment(reduced.R, C, exponent))
     values, vectors = np.linalg.eigh(C.numpy())
     power = (vectors * values.clip(0) ** (2 * exponent)) @ vectors.T
     G = W.numpy() @ power @ W.numpy().T

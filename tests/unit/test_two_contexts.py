@@ -127,6 +127,18 @@ def test_dual_projects_onto_generalised_eigenvectors_of_the_outputs(model, both,
 
 
 @pytest.mark.parametrize("mode", ["dual", "contrast"])
+def test_the_scale_is_a_setting(model, both, mode):
+    plans_ = [make_plan(model, both, mode=mode, rank=4, normalise=how) for how in ("trace", "median")]
+    name = plans_[0].layers[0].name
+    assert not torch.allclose(plans_[0].factors[name][0], plans_[1].factors[name][0], atol=1e-3)
+    assert all(0 < layer.energy < 1 and 0 < layer.task_energy < 1 for layer in plans_[1].layers)
+    if mode == "contrast":
+        moments = [tradeoff.unit_median(c.covariance(name, 0)) for c in (both.side("learn"), both)]
+        expected = tradeoff.directions(*moments, 4).values
+        assert plans_[1].layers[0].theta == pytest.approx((float(expected[0]), float(expected[-1])), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["dual", "contrast"])
 def test_a_singular_knowledge_and_fewer_tokens_than_inputs(model, tokenizer, texts, mode):
     context = collect(model, tokenizer, texts[:1], learn=SUMS[:1], samples=1)
     assert context.token_count(context.layers[0].name) < min(layer.d_in for layer in context.layers)
@@ -451,3 +463,27 @@ def test_the_stored_context_tells_its_sides(both, tmp_path):
     for one in facts["inputs"]:
         context = both.side("learn") if one["side"] else both
         assert one["tokens"] == [context.token_count(one["layers"][0], r) for r in range(2)]
+
+
+def test_the_command_line_shows_both_contexts(raw_recipe, write_recipe, tmp_path):
+    import yaml
+    from typer.testing import CliRunner
+
+    from corda.cli import app
+
+    raw_recipe["adapter"] |= {"mode": "contrast", "allocation": "dynamic"}
+    recipe = str(write_recipe(raw_recipe))
+
+    def call(*arguments):
+        done = CliRunner().invoke(app, list(arguments))
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    call("plan", recipe, "--save-ranks", str(tmp_path / "ranks.yaml"))
+    ranks = yaml.safe_load((tmp_path / "ranks.yaml").read_text())
+    assert len(set(ranks.values())) > 1
+    assert "(learn)" in call("inspect", "context", recipe)
+    assert "(held_out)" in call("inspect", "context", recipe)
+    call("inspect", "plan", recipe)
+    call("inspect", "plan", recipe, "--html")
+    assert "Task against knowledge" in (tmp_path / "run" / "plan.html").read_text()

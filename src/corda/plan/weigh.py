@@ -79,7 +79,7 @@ def all_thetas(
     """
     try:
         if options.mode == "contrast":
-            T, K = tradeoff.unit_trace(task), tradeoff.unit_trace(knowledge)
+            T, K = _scaled(task, options), _scaled(knowledge, options)
             found = tradeoff.thetas(T, K, options.least_share).cpu()
             return [found[: spec.max_rank] for spec in specs]
         moments = [_outputs(W, task, knowledge, options)[1:] for W in weights]
@@ -146,7 +146,7 @@ def _contrast(
     options: AdapterOptions,
     seed: int,
 ) -> list[Weighed]:
-    T, K = tradeoff.unit_trace(task), tradeoff.unit_trace(knowledge)
+    T, K = _scaled(task, options), _scaled(knowledge, options)
     widest = max(layer.rank for _, layer in members)
     best = _best(T, K, widest, members[0][0].name, options, seed)
     spectra = _own_spectra(T, K)
@@ -182,8 +182,12 @@ def _outputs(
     W: Tensor, task: Tensor, knowledge: Tensor, options: AdapterOptions
 ) -> tuple[linalg.Reduced, Tensor, Tensor]:
     reduced = linalg.reduce(W)
-    T, K = (tradeoff.output_moment(reduced.R, C, options.exponent) for C in (task, knowledge))
+    T, K = (_scaled(tradeoff.output_moment(reduced.R, C, options.exponent), options) for C in (task, knowledge))
     return reduced, T, K
+
+
+def _scaled(C: Tensor, options: AdapterOptions) -> Tensor:
+    return tradeoff.unit_median(C) if options.normalise == "median" else tradeoff.unit_trace(C)
 
 
 def _best(T: Tensor, K: Tensor, rank: int, name: str, options: AdapterOptions, seed: int) -> tradeoff.Directions:
@@ -214,8 +218,8 @@ def _weighed(
     layer = replace(
         layer,
         solver=best.path,
-        energy=tradeoff.share(V, K),
-        task_energy=tradeoff.share(V, T),
+        energy=tradeoff.share(V, tradeoff.unit_trace(K)),
+        task_energy=tradeoff.share(V, tradeoff.unit_trace(T)),
         theta=(float(values[0]), float(values[-1])),
         dead=empty,
     )
@@ -227,5 +231,5 @@ def _weighed(
 def _own_spectra(T: Tensor, K: Tensor) -> dict[str, Tensor]:
     if len(T) > _SPECTRA_LIMIT:
         return {}
-    pairs = (("task", T), ("knowledge", K))
+    pairs = (("task", tradeoff.unit_trace(T)), ("knowledge", tradeoff.unit_trace(K)))
     return {name: torch.linalg.eigvalsh(C.float()).flip(0).clamp_min(0).cpu() for name, C in pairs}
