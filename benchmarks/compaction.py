@@ -3,7 +3,8 @@
 python benchmarks/compaction.py DATA_DIR [--output DIR] [--minutes N] writes results/compaction-smollm2.json. Methods:
 plain SVD (W), ASVD (W scaled by each input channel's size to the power 1/2), W C^(1/2) and W C, the covariances from
 WikiText-2 train (matching the test) or NQ-open and GSM8K (not matching), 32 or 256 windows. Forward passes only. Cells
-are taken in the order of CELLS until the minutes are spent; finished ones are not computed again.
+are taken in the order of CELLS until the minutes are spent; finished ones are not computed again. --minutes 0 only
+writes up what is there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,8 @@ def cell(score: Score, base: Score) -> dict[str, Any]:
     }
 
 
-def main(data_dir: Path, output: Path, minutes: float, name: str, options: ModelOptions) -> None:
-    """Every cell in order, as far as the minutes reach."""
+def run(data_dir: Path, output: Path, minutes: float, options: ModelOptions) -> None:
+    """Every cell in order, as far as the minutes reach; each is a file in `output`."""
     started = time.perf_counter()
     loaded = models.load(options)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -143,45 +143,60 @@ def main(data_dir: Path, output: Path, minutes: float, name: str, options: Model
     test = spread(windows_of(text, tokenizer, TEST_WINDOW), TEST_WINDOWS)
     base = answer_loss(model, test, pad_id(tokenizer), 4)
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    empty: list[str] = []
     for method, source, n in CELLS:
-        label = f"{method}, {source} {n}" if source else method
-        place = output / f"{label.replace('/', '_').replace(' ', '_')}.json"
-        if not place.is_file():
-            if time.perf_counter() - started > 60 * minutes:
-                empty.append(label)
-                continue
-            with torch.no_grad():
-                for name_, W in weights.items():
-                    model.get_submodule(name_).weight.copy_(W)
-                found = context(source, data_dir, model, tokenizer, layers, output) if source else None
-                U = bases(method, layers, weights, found, n)
-            done: dict[str, Any] = {"method": method, "calibration": source, "windows": n or None, "ranks": {}}
-            done["tokens"] = found.token_count(layers[0].name, 0 if n == 32 else None) if found else None
-            done["matching"] = source == "wikitext" if source else None
-            for rank in RANKS:
-                discard(model, weights, U, rank)
-                done["ranks"][str(rank)] = cell(replace(answer_loss(model, test, pad_id(tokenizer), 4)), base)
-                print(label, rank, done["ranks"][str(rank)]["ratio_to_base"], flush=True)
-            artifact.write_json(place, done)
-        rows.append(artifact.read_json(place))
+        if place(output, method, source, n).is_file():
+            continue
+        if time.perf_counter() - started > 60 * minutes:
+            return
+        with torch.no_grad():
+            for name, W in weights.items():
+                model.get_submodule(name).weight.copy_(W)
+        found = context(source, data_dir, model, tokenizer, layers, output) if source else None
+        U = bases(method, layers, weights, found, n)
+        done: dict[str, Any] = {"method": method, "calibration": source, "windows": n or None, "ranks": {}}
+        done["tokens"] = found.token_count(layers[0].name, 0 if n == 32 else None) if found else None
+        done["matching"] = source == "wikitext" if source else None
+        for rank in RANKS:
+            discard(model, weights, U, rank)
+            done["ranks"][str(rank)] = cell(answer_loss(model, test, pad_id(tokenizer), 4), base)
+            print(label(method, source, n), rank, done["ranks"][str(rank)]["ratio_to_base"], flush=True)
+        artifact.write_json(place(output, method, source, n), done)
+
+
+def gather(output: Path, name: str, options: ModelOptions) -> None:
+    """The result file from the cells that are there; loads no model."""
+    rows = [artifact.read_json(path) for one in CELLS if (path := place(output, *one)).is_file()]
+    first = rows[0]["ranks"][str(RANKS[0])]
     where = artifact.provenance()
     result = {
         "name": name,
         "device": where["device"],
-        "model": {"name": options.model_name_or_path, "note": loaded.source.note},
-        "test": {"data": TEST, "windows": len(test), "window_tokens": TEST_WINDOW, "window_choice": "equal distances"},
+        "model": {"name": options.model_name_or_path, "note": models.resolve(options).note},
+        "test": {
+            "data": TEST,
+            "windows": first["loss"]["n"],
+            "window_tokens": TEST_WINDOW,
+            "window_choice": "equal distances",
+        },
         "calibration_window_tokens": WINDOW,
         "damp": DAMP,
-        "smallest_layer": min(min(spec.d_out, spec.d_in) for spec in layers),
         "note": "a layer with fewer components than r keeps its largest one",
-        "base": {"perplexity": math.exp(base.value), "loss": base.as_json()},
+        "base": {"perplexity": math.exp(first["loss"]["value"]) / first["ratio_to_base"]},
         "rows": rows,
-        "empty_cells": empty,
+        "empty_cells": [label(*one) for one in CELLS if not place(output, *one).is_file()],
         "provenance": where,
     }
     artifact.write_json(RESULTS / f"{name}.json", result)
+
+
+def label(method: str, source: str | None, n: int) -> str:
+    """Of a cell."""
+    return f"{method}, {source} {n}" if source else method
+
+
+def place(output: Path, method: str, source: str | None, n: int) -> Path:
+    """Where a cell's numbers lie."""
+    return output / f"{label(method, source, n).replace('/', '_').replace(' ', '_')}.json"
 
 
 if __name__ == "__main__":
@@ -193,4 +208,6 @@ if __name__ == "__main__":
     parser.add_argument("--name", default="compaction-smollm2")
     given = parser.parse_args()
     options = ModelOptions(model_name_or_path=given.model)
-    main(given.data_dir, given.output, given.minutes, given.name, options)
+    if given.minutes > 0:
+        run(given.data_dir, given.output, given.minutes, options)
+    gather(given.output, given.name, options)
