@@ -25,7 +25,7 @@ SHOWN = (  # method, calibration, windows, label, colour, dash
     ("a=1", "nq_open", 256, "a = 1, NQ-open", "#d0642b", "6 4"),
     ("a=1", "gsm8k", 256, "a = 1, GSM8K", "#2a977b", "6 4"),
 )
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 70, 210, 16, 52
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 800, 400, 106, 210, 16, 52
 
 
 def main() -> None:
