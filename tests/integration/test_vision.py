@@ -1,0 +1,90 @@
+"""A run on images, from the recipe to the exported adapter; what is refused before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from corda import models, pipeline
+from corda.errors import DataError, ModelError, RecipeError
+from corda.inputs import Inputs
+from corda.reading import parse_recipe
+from corda.recipe import ModelOptions
+from tests.conftest import write_jsonl
+from tests.vlms import records, save
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Any]:
+    save("llava", tmp_path / "model")
+    found = records(tmp_path / "data", 16)
+    for name, part in {"learn": found[:6], "keep": found[6:12], "test": found[12:]}.items():
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", part)
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"model_name_or_path": str(tmp_path / "model"), "device": "cpu"},
+        "data": {"data_dir": str(tmp_path / "data"), "learn": "learn.jsonl", "keep": "keep.jsonl"},
+        "adapter": {"mode": "kpm", "rank": 4},
+        "training": {"max_steps": 2, "learning_rate": 0.002, "per_device_train_batch_size": 6, "warmup_steps": 0},
+        "evaluation": {
+            "tasks": {
+                "colours": {
+                    "dataset": "test.jsonl",
+                    "measures": "learn",
+                    "metrics": ["answer_loss", "exact_match"],
+                    "max_new_tokens": 3,
+                }
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_run_on_images(raw, tmp_path, template):
+    raw["data"]["template"] = template
+    results = pipeline.run(parse_recipe(raw))
+    assert results["step0"]["max_relative_logit_difference"] <= 1e-5
+    assert results["train"]["loss"][1] < results["train"]["loss"][0]
+    assert set(results["scores"]["change"]) == {"colours/answer_loss", "colours/exact_match"}
+    assert results["export"]["max_relative_logit_difference"] <= 1e-5
+    assert "AutoModelForImageTextToText" in (tmp_path / "run/adapter/README.md").read_text()
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert PeftModel.from_pretrained(base, tmp_path / "run/adapter").peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"), [("context", "pack_to", 64), ("context", "offload", True), ("data", "max_length", 3)]
+)
+def test_what_is_not_done_for_images_is_refused_first(raw, section, key, value):
+    raw.setdefault(section, {})[key] = value
+    with pytest.raises(RecipeError, match=f"{section}.{key}"):
+        Inputs(parse_recipe(raw)).check()
+
+
+def test_a_model_of_text_refuses_images_first(raw, pico):
+    raw["model"]["model_name_or_path"] = str(pico)
+    with pytest.raises(DataError, match="the records have images, and the model takes none"):
+        Inputs(parse_recipe(raw)).check()
+
+
+def test_patches_are_no_response_in_a_recipe_either(raw):
+    raw["adapter"]["towers"] = ["vision"]
+    raw["context"] = {"positions": "response"}
+    with pytest.raises(RecipeError, match="patches of an image are no response"):
+        parse_recipe(raw)
+
+
+def test_a_processor_that_needs_another_package_names_it(tmp_path, monkeypatch):
+    def missing(*args: Any, **kwargs: Any) -> Any:
+        raise ImportError("AutoVideoProcessor requires the Torchvision library")
+
+    save("llava", tmp_path)
+    monkeypatch.setattr(models.AutoProcessor, "from_pretrained", missing)
+    options = ModelOptions(model_name_or_path=str(tmp_path))
+    with pytest.raises(ModelError, match=r"needs a package that is not installed.*pip install torchvision"):
+        models.load_tokenizer(models.resolve(options), options)
