@@ -35,7 +35,7 @@ def smollm2(data_dir: str, folder: Path) -> dict[str, Any]:
         },
         "context": {"samples": 96},
         "adapter": {"mode": "kpm", "rank": 32},
-        "training": {"per_device_train_batch_size": 4, "max_steps": 2},
+        "training": {"per_device_train_batch_size": 4, "max_steps": 1},
     }
 
 

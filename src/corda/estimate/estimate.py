@@ -29,6 +29,7 @@ from corda.recipe import TWO_CONTEXTS, Recipe
 from corda.targets import LayerSpec
 
 _ENOUGH = 8  # tokens per input of the widest layer
+_LANE = 60_000_000  # bytes that the libraries set aside for a thread that batches run in, measured
 _PER_NODE = 8  # processes that share a disk
 _METER_BYTES = 2 << 30  # covariances that the drift meter keeps between readings
 _TRAINER = 200_000_000  # bytes of the libraries that only training loads, on a CPU
@@ -166,7 +167,7 @@ class _Work:
         kept = 0 if streamed else packed_all * len(tokens.rounds)
         weights = self._resident("plan")
         lanes = lanes_for(facts.layers, torch.device("cpu")) if self.on_cpu else 1
-        work = max(lanes * (forward + copies), packing)
+        work = max(lanes * (forward + copies), packing) + (_LANE * lanes if lanes > 1 else 0)
         device = {"weights": weights, "covariances": lanes * covariances, "work": work}
         return self._memory(device, {"hidden_states": hidden, "kept_covariances": kept})
 
