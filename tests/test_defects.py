@@ -12,8 +12,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from corda import linalg, pipeline
@@ -22,7 +24,7 @@ from corda.context import collect as collecting
 from corda.context.collect import collect
 from corda.data.batches import batches, encode
 from corda.data.formats import to_records
-from corda.errors import CalibrationError, PlanError, TargetError
+from corda.errors import AdapterError, CalibrationError, ModelError, PlanError, TargetError
 from corda.exporting.convert import convert
 from corda.metric import Metric, damping
 from corda.models import Quantisation, load
@@ -328,3 +330,40 @@ def test_defect_20_a_4bit_base(pico, tokenizer, texts, tmp_path, base):
     assert relative_difference(logits(reloaded), start) > 1e-3
     if base == "intact":
         assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5
+
+
+def test_defect_21_models_that_are_spread_over_devices_or_processes(pico, model, tokenizer, texts, tmp_path):
+    """device_map with a part on disk, FSDP2 (here in a group of one; of two in test_distributed.py), and ZeRO-3."""
+    context = collect(model, tokenizer, texts)
+    plan = make_plan(model, context, rank=4)
+    base = logits(model)
+
+    def check(other, form):
+        found = collect(other, tokenizer, texts)
+        assert all(torch.equal(found.packed[key], packed) for key, packed in context.packed.items())
+        again = make_plan(other, found, rank=4)
+        assert all(torch.equal(again.factors[n][i], plan.factors[n][i]) for n in plan.factors for i in (0, 1))
+        if form == "intact" and any(p.device.type == "meta" for p in other.parameters()):
+            with pytest.raises(AdapterError, match=r"off-loaded cannot be changed.*base: intact"):
+                attach(other, again, base="residual")
+        assert relative_difference(logits(attach(other, again, base=form)), base) < 1e-5
+
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    where |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = AutoModelForCausalLM.from_pretrained(pico, device_map=where, offload_folder=tmp_path / "offload")
+    assert spread.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    check(spread, "intact")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for form in ("intact", "residual"):
+            sharded = AutoModelForCausalLM.from_pretrained(pico)
+            for block in sharded.model.layers:
+                fully_shard(block)
+            check(fully_shard(sharded), form)
+    finally:
+        dist.destroy_process_group()
+    partitioned = AutoModelForCausalLM.from_pretrained(pico)
+    vars(next(partitioned.parameters()))["ds_id"] = 0  # what DeepSpeed marks them with
+    for work in (lambda: collect(partitioned, tokenizer, texts), lambda: attach(partitioned, plan)):
+        with pytest.raises(ModelError, match=r"ZeRO-3.*To fix: use FSDP2"):
+            work()

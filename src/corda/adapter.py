@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corda.distributed import world
 from corda.errors import AdapterError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
 from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
+from corda.sharding import computing_device, refuse_partitioned, subtract, whole_adapters
 
 _FROZEN = (INITIAL, CORRECTION)
 
@@ -42,6 +44,9 @@ class _ExactSaving:
         self, save_directory: str | Path, selected_adapters: list[str] | None = None, **kwargs: Any
     ) -> None:
         """As PeftModel.save_pretrained; the trained adapter is written with its start subtracted, rank 2r."""
+        state = None if kwargs.get("state_dict") else whole_adapters(self)  # type: ignore[arg-type]
+        if state is not None:  # the model is sharded over processes, all of which have come here
+            kwargs |= {"state_dict": state, "is_main_process": world().first}
         names = selected_adapters or [name for name in self.peft_config if name not in _FROZEN]  # type: ignore[attr-defined]
         super().save_pretrained(str(save_directory), selected_adapters=names, **kwargs)  # type: ignore[misc]
         if TRAINED in names and INITIAL in self.peft_config and kwargs.get("is_main_process", True):  # type: ignore[attr-defined]
@@ -108,6 +113,7 @@ def attach(
     Raises:
         AdapterError: a layer is missing or has another shape, or dropout with `residual`.
     """
+    refuse_partitioned(model)
     form = base or plan.options.form(any(is_4bit(module) for module in model.modules()))
     _check_fits(model, plan)
     if plan.options.has_start and form == "residual" and plan.options.lora_dropout > 0:
@@ -117,12 +123,25 @@ def attach(
             got=plan.options.lora_dropout,
             fix="set it to 0, or use base: intact",
         )
+    if form == "residual" and plan.mode != "lora" and any(p.device.type == "meta" for p in model.parameters()):
+        raise AdapterError(
+            "weights that are off-loaded cannot be changed",
+            where="adapter.base",
+            got="residual",
+            expected="intact",
+            fix="set adapter.base: intact, or a model.device_map without off-loading",
+        )
     config = lora_config(model, plan)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     if plan.mode == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return cls(model, config)
+            plain: PeftModel = cls(model, config)
+            for layer in plan.layers:
+                module = plain.base_model.model.get_submodule(layer.name)
+                if _materialise(module, TRAINED):
+                    module.reset_lora_parameters(TRAINED, True)
+            return plain
     wrapped: PeftModel = _exact(cls, plan.options.freezes_a)(model, config)
     if plan.options.has_start:
         wrapped.add_adapter(INITIAL, copy.deepcopy(config))
@@ -153,14 +172,23 @@ def attach(
                 place = inner.weight.device
                 requantise(inner, W.to(place) - B.to(place) @ A.to(place))
             else:
-                inner.weight.copy_(inner.weight.float() - module.get_delta_weight(INITIAL).float())  # rounded once
+                subtract(inner.weight, module.get_delta_weight(INITIAL))
     if plan.options.freezes_a:
         freeze_a(wrapped)
     wrapped.train(model.training)
     return wrapped
 
 
+def _materialise(module: Any, name: str) -> bool:
+    """Give a layer whose weight is off-loaded an adapter in memory; PEFT puts it where the weight is: nowhere."""
+    parts = [p[name] for p in (module.lora_A, module.lora_B) if p[name].weight.device.type == "meta"]
+    for part in parts:
+        part.to_empty(device=computing_device(module.get_base_layer()))
+    return bool(parts)
+
+
 def _fill(module: Any, name: str, factors: tuple[Tensor, Tensor]) -> None:
+    _materialise(module, name)
     module.lora_A[name].weight.copy_(factors[0])
     module.lora_B[name].weight.copy_(factors[1])
 

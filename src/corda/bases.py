@@ -75,7 +75,10 @@ class Bases:
         """
         residual = self.recipe.adapter.form(self.inputs.quantisation is not None) == "residual"
         full = residual or self.recipe.export.format == "merged"
-        return self.recipe.model.model_copy(update={"load_in_4bit": False}) if full else self.recipe.model
+        changed: dict[str, Any] = {"load_in_4bit": False} if full else {}
+        if self.recipe.model.device_map is not None:  # PEFT cannot load an adapter onto off-loaded layers
+            changed |= {"device_map": None, "device": "cpu", "dtype": str(self.dtype()).removeprefix("torch.")}
+        return self.recipe.model.model_copy(update=changed)
 
     def attached(self, plan: Plan) -> tuple[PeftModel, dict[str, Any]]:
         """The base with the plan's adapter at its start, and how far its logits are from the base's.

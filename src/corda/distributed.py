@@ -58,7 +58,15 @@ class Processes:
 
     def hear(self, value: Any) -> list[Any]:
         """Every process's JSON value, in order of rank."""
-        return [self.tell(value, source) for source in range(self.size)]
+        if self.size == 1:
+            return [value]
+        own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_place())
+        sizes = [torch.zeros(1, dtype=torch.int64, device=_place()) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([own.numel()], dtype=torch.int64, device=_place()))
+        longest = max(int(size) for size in sizes)
+        parts = [torch.empty(longest, dtype=torch.uint8, device=_place()) for _ in range(self.size)]
+        dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - own.numel())))
+        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes, strict=True)]
 
     def share(self, tensors: Mapping[str, Tensor], source: int) -> dict[str, Tensor]:
         """The tensors that process `source` has, on the CPU."""
@@ -103,7 +111,9 @@ class Processes:
         if self.size > 1:
             for told in self.hear(own and described(own)):
                 if told is not None:
-                    raise own or _rebuilt(told)
+                    raised = own or _rebuilt(told)
+                    raised.shared = True
+                    raise raised
         elif own is not None:
             raise own
         return result  # type: ignore[return-value]
@@ -170,11 +180,6 @@ def joined(*, cpu: bool) -> Iterator[Processes]:
         yield world()
     finally:
         dist.destroy_process_group()
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints, also before it is connected to the others."""
-    return int(os.environ.get("RANK", "0")) == 0 if world().size == 1 else world().first
 
 
 def dealt(items: Sequence[T], processes: Processes) -> list[T]:

@@ -17,6 +17,7 @@ class CordaError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
+    shared: bool = False  # it was raised in all processes of a run, so that one of them prints it
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from corda.context.store import HELD_OUT
 from corda.data import sources
 from corda.data.batches import Encoded, calibration_rounds, drawing_order, encode, load_records
 from corda.data.formats import Record, render
+from corda.distributed import world
 from corda.errors import DataError, RecipeError
 from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
 from corda.exporting.hub import refuse_without_token
@@ -135,7 +136,11 @@ class Inputs:
         if self.quantisation is not None:  # the context is that of the weights in full precision
             model = [*model, repr(self.quantisation), r.adapter.form(four_bit=True)]
         plan = artifact.fingerprint("plan", model, chosen, options)
-        settings = r.training.model_dump(mode="json", exclude={"report_to", "disable_tqdm", "resume_from_checkpoint"})
+        size, gathered = r.training.per_device_train_batch_size, r.training.gradient_accumulation_steps
+        excluded = {"report_to", "disable_tqdm", "resume_from_checkpoint", "save_steps", "save_total_limit"}
+        excluded |= {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed", "fsdp", "fsdp_config"}
+        settings = r.training.model_dump(mode="json", exclude=excluded)
+        settings["records_per_step"] = size * gathered * world().size  # however they are shared out
         metered = context if r.metered else None
         train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings, metered)
         evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})

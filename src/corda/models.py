@@ -100,8 +100,10 @@ def load(options: ModelOptions) -> Loaded:
     tokenizer = load_tokenizer(source, options)
     kind = quantisation(source, options)
     common: dict[str, Any] = _common(source, options)
+    spread = spreading(options)
+    common |= spread
     if kind is not None:
-        common["device_map"] = {"": device}
+        common.setdefault("device_map", {"": device})
         if not kind.stored:
             common["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -112,11 +114,19 @@ def load(options: ModelOptions) -> Loaded:
     with _reading(source):
         loader = architectures.loader(_config(source, options))
         model = loader.from_pretrained(source.path, dtype=dtype, **common)
-    if kind is None:
-        model = model.to(device)
-    else:
+    if kind is not None:
         keep_exact(model)
+    elif not spread:
+        model = model.to(device)
     return Loaded(model.eval(), tokenizer, source)
+
+
+def spreading(options: ModelOptions) -> dict[str, Any]:
+    """Arguments of from_pretrained that spread a model over devices; empty without a device_map."""
+    if options.device_map is None:
+        return {}
+    place: dict[str, Any] = {"device_map": options.device_map, "offload_folder": str(cache_folder() / "offload")}
+    return place if options.max_memory is None else place | {"max_memory": options.max_memory}
 
 
 def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:

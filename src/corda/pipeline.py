@@ -5,12 +5,15 @@
 Every stage leaves an artifact with a fingerprint of all that it depends on. A stage whose artifact has the right
 fingerprint is not run again, so an interrupted run continues where it was, and a changed recipe redoes what the change
 concerns.
+
+Under torchrun or accelerate launch every process walks through the stages: what can be shared out is, the first one
+writes the artifacts, and the others read them; see docs/distributed.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,16 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda import architectures, artifact, models, training
+from corda import architectures, artifact, distributed, models, sharding, training
 from corda.bases import Bases
 from corda.context import collect, store
 from corda.context.store import HELD_OUT, Context
 from corda.data.batches import encode, pad_id
+from corda.distributed import ALONE, Processes
 from corda.drift import DriftMeter, Yardstick, drift_notes, yardstick
+from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores, evaluate
+from corda.evaluation.sharing import dealt_tasks, together
 from corda.exporting import export as exporting
 from corda.forms import TRAINED
 from corda.inputs import Inputs
@@ -67,29 +73,48 @@ def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Pat
 
 @contextmanager
 def opened(recipe: Recipe, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> Iterator[Stages]:
-    """The stages of a recipe that has been checked, with its output folder claimed and locked.
+    """The stages of a recipe that has been checked, with its output folder claimed and locked, in all processes.
 
     Raises:
         CordaError: whatever `Inputs.check` finds, before anything is written.
         ArtifactError: the folder is another run's, holds something else, or is in use.
     """
-    stages = Stages(recipe, progress, reuse_from)
-    stages.inputs.check()
-    with artifact.claimed(recipe.output_dir, recipe.identity()):
+    with distributed.joined(cpu=recipe.model.device == "cpu") as processes, ExitStack() as stack:
+        stages = Stages(recipe, progress if processes.first else silent, reuse_from, processes)
+        processes.first_only(stages.check)
+        processes.first_only(lambda: stack.enter_context(artifact.claimed(recipe.output_dir, recipe.identity())))
         yield stages
 
 
 class Stages:
     """The stages of one run; each returns its artifact's content and runs what it needs first."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, reuse_from: Sequence[Path] = ()) -> None:
-        self.recipe, self.progress, self.reuse_from = recipe, progress, reuse_from
+    def __init__(
+        self, recipe: Recipe, progress: Progress, reuse_from: Sequence[Path] = (), processes: Processes = ALONE
+    ) -> None:
+        self.recipe, self.progress, self.reuse_from, self.processes = recipe, progress, reuse_from, processes
         self.inputs = Inputs(recipe)
         self.folder = recipe.output_dir
         self.meter = Meter()
         self.bases = Bases(self.inputs)
         self._context: Context | None = None
         self._plan: Plan | None = None
+
+    def check(self) -> None:
+        """Refuse what can be found wrong before a weight is loaded.
+
+        Raises:
+            CordaError: see `Inputs.check`; or the launcher asks for DeepSpeed ZeRO-3.
+        """
+        sharding.refuse_zero3(self.recipe.training.model_extra or {})
+        if self.processes.size > 1 and self.recipe.model.device_map is not None:
+            raise RecipeError(
+                "a model that is spread over devices by one process cannot be trained by several",
+                where="model.device_map",
+                got=f"{self.processes.size} processes",
+                fix="start one process, or leave device_map out: accelerate launch --use_fsdp --fsdp_version 2",
+            )
+        self.inputs.check()
 
     def context(self) -> Context | None:
         """Covariances of the calibration data; None for plain LoRA without a drift meter."""
@@ -100,7 +125,7 @@ class Stages:
             discard(self.folder / "context.partial")
         else:
             r, options = self.recipe, self.recipe.context
-            journal = Journal(self.folder / "context.partial", self.inputs.fingerprints["context"])
+            journal = self._journal("context")
             with self.meter.stage("collect"):
                 chosen, sides = self.inputs.calibration()
                 model, weights = self.bases.for_context()
@@ -118,13 +143,17 @@ class Stages:
                     device=models.pick_device(r.model.device),
                     progress=self.progress,
                     sides=sides,
+                    processes=self.processes,
                 )
             tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
             extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}}
             key = self.inputs.fingerprints["context"]
-            store.save(context, self.folder / "context", key, extra | self._costs("collect"), journal.seconds)
-            journal.remove()
-            found = artifact.read(self.folder / "context", "context", verify=False)
+
+            def save() -> None:
+                store.save(context, self.folder / "context", key, extra | self._costs("collect"), journal.seconds)
+                journal.remove()
+
+            found = self._written("context", save)
         self._context = store.load(found)
         return self._context
 
@@ -138,7 +167,7 @@ class Stages:
         else:
             context = self.context() if self.recipe.context_source() else None
             key = self.inputs.fingerprints["plan"]
-            journal = Journal(self.folder / "plan.partial", key)
+            journal = self._journal("plan")
             with self.meter.stage("plan"):
                 model, lazy = self.bases.for_context() if context else (self.bases.shell(), None)
                 plan = make_plan(
@@ -152,10 +181,15 @@ class Stages:
                     quantise=self.bases.quantise(),
                     seed=self.recipe.seed,
                     progress=self.progress,
+                    processes=self.processes,
                 )
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
-            found = plans.save(plan, self.folder / "plan", key, parents, self._costs("plan"))
-            journal.remove()
+
+            def save() -> None:
+                plans.save(plan, self.folder / "plan", key, parents, self._costs("plan"))
+                journal.remove()
+
+            found = self._written("plan", save)
         self._plan = plans.load(found)
         return self._plan
 
@@ -192,17 +226,23 @@ class Stages:
                 meter=meter,
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
-        with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
-            model.save_pretrained(str(temporary))
-            artifact.write_json(temporary / "curve.json", vars(curve))
-            cut = sum(not any(one.response) for one in encoded)
-            notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
-            if meter is not None:
-                drift = meter.read()
-                artifact.write_json(temporary / "drift.json", vars(drift))
-                notes += drift_notes(drift, r.training, curve.stopped)
-            extra.update(step0=step0, warnings=notes, **self._costs("train"))
-        return artifact.read(self.folder / "train", "train", verify=False)
+        state = sharding.whole_adapters(model)
+
+        def save() -> None:
+            with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
+                model.save_pretrained(str(temporary), state_dict=state)
+                artifact.write_json(temporary / "curve.json", vars(curve))
+                cut = sum(not any(one.response) for one in encoded)
+                notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
+                if meter is not None:
+                    drift = meter.read()
+                    artifact.write_json(temporary / "drift.json", vars(drift))
+                    notes += drift_notes(drift, r.training, curve.stopped)
+                extra.update(step0=step0, warnings=notes, **self._costs("train"))
+
+        if state is not None:  # the trainer has sharded the model; what follows loads it anew
+            self.bases.live = None
+        return self._written("train", save)
 
     def after(self) -> Scores:
         """Scores of the trained model."""
@@ -211,14 +251,20 @@ class Stages:
 
     def exported(self) -> dict[str, Any]:
         """The adapter as other tools load it, compared after reload; uploaded where that is asked for."""
-        r, folder = self.recipe, self.recipe.export_folder()
-        if r.export.format == "none":
+        if self.recipe.export.format == "none":
             return {}
+        trained, plan = self.trained(), self.plan()
+        said: dict[str, Any] = {}
+        self.processes.first_only(lambda: said.update(self._export(trained, plan)))
+        return dict(self.processes.tell(said))
+
+    def _export(self, trained: artifact.Artifact, plan: Plan) -> dict[str, Any]:
+        r, folder = self.recipe, self.recipe.export_folder()
         key, book = self.inputs.fingerprints["export"], self.folder / "export.json"
         known = artifact.read_json(book) if book.is_file() else {}
         done = exporting.finished(folder, key)
         if done is None:
-            model = self.tuned()
+            model = self._tuned(trained, plan)
             with self.meter.stage("export"):
                 done = exporting.export(
                     model,
@@ -228,7 +274,7 @@ class Stages:
                     probe=self.bases.probe(),
                     records=self.bases.measured_on() if r.export.rank is not None else (),
                     tokenizer=self.inputs.tokenizer,
-                    card=self._card(),
+                    card=self._card(trained, plan, model),
                     fingerprint=key,
                 )
             known[key] = self._costs("export")
@@ -236,23 +282,29 @@ class Stages:
         artifact.write_json(book, known)
         return dict(known[key])
 
-    def _card(self) -> str:
+    def _card(self, trained: artifact.Artifact, plan: Plan, model: PeftModel) -> str:
         """The export's model card, with the scores that are there already."""
-        found = {kind: self._reusable(kind) for kind in ("before", "after")}
+        found = {kind: self._found(kind) for kind in ("before", "after")}
         before, after = (self._scores(one).values if one else None for one in found.values())
-        curve = artifact.read_json(self.trained().path("curve.json"))
+        curve = artifact.read_json(trained.path("curve.json"))
         steps = curve["step"][-1] if curve["step"] else 0
-        images = architectures.takes_images(self.tuned().get_base_model().config)
+        images = architectures.takes_images(model.get_base_model().config)
         source = self.inputs.source
-        return model_card(self.recipe, self.plan(), source, before=before, after=after, steps=steps, images=images)
+        return model_card(self.recipe, plan, source, before=before, after=after, steps=steps, images=images)
 
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""
         plan, trained, exported = self.plan(), self.trained(), self.exported()
-        found = results(self.folder, self.inputs, plan, trained, exported, self.before(), self.after())
-        artifact.write_json(self.folder / RESULTS, found)
-        write_page([self.folder], self.folder / "report.html")
-        return found
+        before, after = self.before(), self.after()
+
+        def write() -> None:
+            artifact.write_json(
+                self.folder / RESULTS, results(self.folder, self.inputs, plan, trained, exported, before, after)
+            )
+            write_page([self.folder], self.folder / "report.html")
+
+        self.processes.first_only(write)
+        return artifact.read_json(self.folder / RESULTS)
 
     def _yardsticks(self) -> list[Yardstick]:
         """What drift is measured on: the calibrated knowledge, and some of it that is not; nothing without a meter."""
@@ -270,9 +322,11 @@ class Stages:
 
     def tuned(self) -> PeftModel:
         """The trained model."""
-        trained = self.trained()
+        return self._tuned(self.trained(), self.plan())
+
+    def _tuned(self, trained: artifact.Artifact, plan: Plan) -> PeftModel:
         if not isinstance(self.bases.live, PeftModel):
-            model, _ = self.bases.attached(self.plan())
+            model, _ = self.bases.attached(plan)
             model.load_adapter(str(trained.folder), TRAINED)
         assert isinstance(self.bases.live, PeftModel)
         return self.bases.live
@@ -280,16 +334,43 @@ class Stages:
     def _measure(self, name: str, model: PreTrainedModel | PeftModel) -> Scores:
         model.eval()
         with self.meter.stage(name):
-            scores = evaluate(model, self.inputs.tokenizer, self.inputs.tasks, self.recipe, self.progress)
-        with artifact.writing(self.folder / name, name, self.inputs.fingerprints[name]) as (temporary, extra):
-            artifact.write_json(temporary / "scores.json", scores.as_json())
-            extra.update(self._costs(name))
+            share = dealt_tasks(self.inputs.tasks, self.processes)
+            own = evaluate(model, self.inputs.tokenizer, share, self.recipe, self.progress)
+            scores = together(own, self.inputs.tasks, self.processes)
+
+        def save() -> None:
+            with artifact.writing(self.folder / name, name, self.inputs.fingerprints[name]) as (temporary, extra):
+                artifact.write_json(temporary / "scores.json", scores.as_json())
+                extra.update(self._costs(name))
+
+        self._written(name, save)
         return scores
 
     def _scores(self, found: artifact.Artifact) -> Scores:
         return Scores.from_json(artifact.read_json(found.path("scores.json")))
 
+    def _journal(self, kind: str) -> Journal:
+        """The journal of a stage; the first process makes it."""
+        folder, key = self.folder / f"{kind}.partial", self.inputs.fingerprints[kind]
+        made: list[Journal] = []
+        self.processes.first_only(lambda: made.append(Journal(folder, key)))
+        return made[0] if made else Journal(folder, key, made=True)
+
+    def _written(self, kind: str, save: Callable[[], None]) -> artifact.Artifact:
+        """What the first process has written, as all of them read it."""
+        self.processes.first_only(save)
+        return artifact.read(self.folder / kind, kind, verify=False)
+
     def _reusable(self, kind: str, *elsewhere: Path) -> artifact.Artifact | None:
+        """An artifact that has the right fingerprint, as the first process finds it."""
+        found: list[artifact.Artifact | None] = []
+        self.processes.first_only(lambda: found.append(self._found(kind, *elsewhere)))
+        if found:
+            self.processes.tell(found[0] is not None)
+            return found[0]
+        return artifact.read(self.folder / kind, kind, verify=False) if self.processes.tell(None) else None
+
+    def _found(self, kind: str, *elsewhere: Path) -> artifact.Artifact | None:
         own = artifact.reusable(self.folder / kind, kind, self.inputs.fingerprints[kind])
         if own is not None:
             return own

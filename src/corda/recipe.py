@@ -36,6 +36,10 @@ class ModelOptions(Strict):
     revision: str | None = Field(None, description="Hub revision")
     dtype: Dtype = Field("auto", description="auto: float32 on a CPU, the checkpoint's own elsewhere")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = Field(
+        None, description="spread the weights: auto, or a mapping of module: GPU number, cpu or disk (accelerate's)"
+    )
+    max_memory: dict[int | str, str] | None = Field(None, description="per device, for device_map, e.g. {0: 70GB}")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
     load_in_4bit: bool = Field(False, description="hold the linear layers in 4 bits (bitsandbytes)")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="code book, for load_in_4bit")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corda.errors import TargetError
 from corda.recipe import Tower
+from corda.sharding import stored_weight
 from corda.towers import tower_of, towers
 
 Kind = Literal["linear", "conv1d"]
@@ -139,11 +140,10 @@ def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) 
     Args:
         model: Where the layer is.
         layer: Which one.
-        weight: The stored parameter, where the model itself has none.
+        weight: The stored parameter, where the model itself has none. One that is sharded by FSDP2 is gathered: all
+            processes then have to ask for the same layer.
     """
-    stored = model.get_submodule(layer.name).weight if weight is None else weight
-    assert isinstance(stored, Tensor)
-    stored = stored.detach()
+    stored = (stored_weight(model.get_submodule(layer.name)) if weight is None else weight).detach()
     return (stored.T if layer.kind == "conv1d" else stored).to(torch.float32)
 
 

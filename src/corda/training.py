@@ -23,6 +23,7 @@ from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL, TRAINED
 from corda.progress import Progress, silent
 from corda.recipe import TrainingOptions
+from corda.sharding import device_of
 
 _METER = {"drift_meter", "drift_steps", "max_drift", "drift_weight"}
 _OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init", *_METER}
@@ -96,7 +97,7 @@ def train(
         model.load_adapter(resume, TRAINED)
         model.eval()
         return _curve(finished, 0.0)
-    arguments = trainer_arguments(options, folder, seed, next(model.parameters()).device)
+    arguments = trainer_arguments(options, folder, seed, device_of(model))
     with _undisturbed(model):
         trainer = SFTTrainer(
             model=model, args=arguments, train_dataset=_dataset(learnt, arguments), processing_class=tokenizer
@@ -226,19 +227,26 @@ class DecayToInit(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, model: PeftModel, strength: float) -> None:
-        parameters = dict(model.named_parameters())
-        self.strength = strength
-        self.pairs = [
-            (trained, parameters[initial].detach())
-            for name, trained in parameters.items()
-            if trained.requires_grad and (initial := name.replace(f".{TRAINED}.", f".{INITIAL}.")) in parameters
-        ]
+        self.model, self.strength = model, strength
+        self._pair()
         if not self.pairs or any(one is two for one, two in self.pairs):
             raise RecipeError(
                 "decay_to_init needs an adapter with initial factors",
                 where="training.decay_to_init",
                 fix="use mode kpm, ipm or dual, or weight_decay where B starts at zero",
             )
+
+    def _pair(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        self.pairs = [
+            (trained, parameters[initial].detach())
+            for name, trained in parameters.items()
+            if trained.requires_grad and (initial := name.replace(f".{TRAINED}.", f".{INITIAL}.")) in parameters
+        ]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer once the model is as it is trained: sharding puts new parameters in place."""
+        self._pair()
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ RANKS = [
     {"reading"},
     {"krylov", "journal"},
     {"linalg", "compress", "tradeoff"},
-    {"architectures", "processing"},
+    {"architectures", "processing", "sharding"},
     {"towers"},
     {"targets", "models"},
     {"quantization"},

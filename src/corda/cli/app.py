@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Console script: exit code 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
+    if _silent():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into this
@@ -33,7 +36,8 @@ def main() -> None:
     except CordaError as error:
         if _debug:
             raise
-        complain(f"{type(error).__name__}: {error}")
+        if not error.shared or not _silent():
+            complain(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
@@ -47,6 +51,11 @@ def main() -> None:
             complain(error.format_message())
             sys.exit(2)
         raise
+
+
+def _silent() -> bool:
+    """Whether this is one of several processes that a launcher has started, and not the one that prints."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def note(text: str) -> None:

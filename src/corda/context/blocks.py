@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -55,7 +56,7 @@ def block_arguments(
     with ExitStack() as stack:
         for block in blocks[:index]:
             stack.enter_context(_skipped(block, wrap))
-        handle = blocks[index].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = blocks[index].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)  # before it is gathered
         stack.callback(handle.remove)
         with suppress(_ReachedError):
             body(**inputs)
@@ -80,16 +81,18 @@ def run_block(
 
 @contextmanager
 def _skipped(block: nn.Module, wrap: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Inside, the block hands its hidden states on unchanged."""
+    """Inside, the block hands its hidden states on unchanged, and hooks that would bring its weights in are not run."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return wrap(args[0] if args else kwargs["hidden_states"])
 
     own = vars(block).get("forward")  # accelerate's hooks put one there
-    vars(block)["forward"] = forward
+    hooks = {name: vars(block)[name] for name in ("_forward_pre_hooks", "_forward_hooks")}  # FSDP's are there
+    vars(block).update(forward=forward, _forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
     try:
         yield
     finally:
         del vars(block)["forward"]
+        vars(block).update(hooks)
         if own is not None:
             vars(block)["forward"] = own

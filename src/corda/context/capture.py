@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corda.context.accumulator import Accumulator, pack_upper
+from corda.distributed import ALONE, Processes
 from corda.errors import CalibrationError
 from corda.journal import Journal, LazyTensors
 from corda.metric import full_precision
@@ -46,9 +48,9 @@ class Captured:
         return {"tokens": dict(self.tokens), "groups": dict(self.groups)}
 
     @classmethod
-    def noted(cls, journal: Journal, key: str) -> Captured | None:
+    def noted(cls, journal: Journal, key: str, *, verify: bool = True) -> Captured | None:
         """A finished part of a journal, its tensors left on disk; None if it is not finished."""
-        facts = journal.facts(key)
+        facts = journal.facts(key, verify=verify)
         if facts is None:
             return None
         places = dict.fromkeys(facts["tokens"], journal.path(key))
@@ -62,12 +64,17 @@ class Capture:
     accumulator under the first one's name. Groups are fixed by the first forward pass that reaches a layer and
     verified on every later one.
 
+    Args:
+        layers: Whose inputs.
+        device: Where the sums of an input are that this process has not seen and others have.
+
     Attributes:
         groups: Layer name -> group name, for every layer that was reached.
         accumulators: Group name -> its sums.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec]) -> None:
+    def __init__(self, layers: Sequence[LayerSpec], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self.layers = {layer.name: layer for layer in layers}
         self.groups: dict[str, str] = {}
         self.accumulators: dict[str, Accumulator] = {}
@@ -120,20 +127,52 @@ class Capture:
         Raises:
             CalibrationError: names the layers that take the offending input.
         """
-        bad = [group for group, a in self.accumulators.items() if not a.finite()]
-        if bad:
-            raise CalibrationError(
-                "activations are not finite",
-                where=f"the input of {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
-                got="NaN or Inf",
-                fix="load the model in float32 or bfloat16, and check the data and the weights",
-            )
+        _refuse([group for group, a in self.accumulators.items() if not a.finite()])
 
-    def captured(self, round_: int = 0) -> Captured:
-        """The covariances so far, of every input that saw a token, as candidates of a round."""
-        seen = {candidate(group, round_): a for group, a in self.accumulators.items() if a.tokens}
-        packed = {key: (pack_upper(a.total) / a.tokens).cpu() for key, a in seen.items()}
-        return Captured(packed, {key: a.tokens for key, a in seen.items()}, dict(self.groups))
+    def captured(self, round_: int = 0, processes: Processes = ALONE) -> Captured:
+        """The covariances so far, of every input that saw a token, as candidates of a round.
+
+        Args:
+            round_: Which round.
+            processes: Those whose sums are added up; each has seen tokens of its own.
+
+        Raises:
+            CalibrationError: activations are not finite, or layers share an input in some processes only.
+        """
+        tokens = self._tokens(processes)
+        packed: dict[str, Tensor] = {}
+        for group in tokens:
+            own = self.accumulators.get(group) or Accumulator(self.layers[group].d_in, self._device)
+            packed[group] = pack_upper(own.total)
+        processes.add_up(list(packed.values()))
+        if processes.size > 1:
+            _refuse([group for group, sums in packed.items() if not bool(torch.isfinite(sums).all())])
+        covariances = {candidate(group, round_): (packed[group] / count).cpu() for group, count in tokens.items()}
+        return Captured(covariances, {candidate(g, round_): count for g, count in tokens.items()}, dict(self.groups))
+
+    def _tokens(self, processes: Processes) -> dict[str, int]:
+        """Group -> tokens in all processes, of groups that saw any; every process then knows every layer's group."""
+        own = {group: a.tokens for group, a in self.accumulators.items()}
+        total: Counter[str] = Counter()
+        for tokens, groups in processes.hear([own, self.groups]):
+            for name, group in groups.items():
+                self._set_group(name, group)
+            total.update(tokens)
+        return {group: total[group] for group in self.layers if total[group]}
+
+    @property
+    def _device(self) -> torch.device:
+        return next((a.total.device for a in self.accumulators.values()), self.device)
+
+    def _set_group(self, name: str, group: str) -> None:
+        if self.groups.setdefault(name, group) != group:
+            raise CalibrationError(
+                "a layer shares its input with others in some forward passes only",
+                where=name,
+                got=f"the input of {group}",
+                expected=f"the input of {self.groups[name]}",
+                fix="leave the layer out of target_modules",
+            )
 
     def _set_group(self, name: str, group: str) -> None:
         if self.groups.setdefault(name, group) != group:
@@ -162,6 +201,16 @@ class Capture:
             )
         mask = counts.reshape(-1).to(flat.device)
         return flat if bool(mask.all()) else flat[mask]
+
+
+def _refuse(bad: Sequence[str]) -> None:
+    if bad:
+        raise CalibrationError(
+            "activations are not finite",
+            where=f"the input of {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else ""),
+            got="NaN or Inf",
+            fix="load the model in float32 or bfloat16, and check the data and the weights",
+        )
 
 
 @contextmanager

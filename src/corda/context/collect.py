@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,13 @@ from corda.context.stream import streamed
 from corda.context.vision import embedded, patches_counted, refuse_response_only
 from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
+from corda.distributed import ALONE, Processes, dealt, world
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
 from corda.offload import LazyWeights
 from corda.progress import Progress, silent
 from corda.recipe import Tower
+from corda.sharding import device_of, gathered_around, is_sharded, is_spread, refuse_partitioned
 from corda.targets import LayerSpec, find_targets
 
 
@@ -46,6 +49,7 @@ def collect(
     skip_unseen: bool = False,
     seed: int = 0,
     learn: Sequence[str | dict[str, Any]] | None = None,
+    processes: Processes = ALONE,
 ) -> Context:
     """Collect C = X Xᵀ / T for every target layer (CorDA, section 3.1), X being its inputs over T real tokens.
 
@@ -67,6 +71,8 @@ def collect(
         skip_unseen: Leave out layers that saw no token instead of failing.
         seed: Of the order drawn.
         learn: Records of the task, where `records` are the knowledge to keep: for modes dual and contrast.
+        processes: `corda.distributed.world()` shares the records out over all of torch.distributed's processes, which
+            then all have to call this with the same arguments; a model sharded by FSDP2 is always shared out.
 
     Raises:
         TargetError: nothing matched.
@@ -97,6 +103,7 @@ def collect(
         response_only=positions == "response",
         skip_unseen=skip_unseen,
         sides=("learn",) * (len(chosen) - rounds),
+        processes=processes,
     )
 
 
@@ -115,6 +122,7 @@ def collect_encoded(
     device: torch.device | None = None,
     progress: Progress = silent,
     sides: Sequence[str] = (),
+    processes: Processes = ALONE,
 ) -> Context:
     """`collect` for records that are tokens already and layers that are chosen already.
 
@@ -132,33 +140,47 @@ def collect_encoded(
         device: To compute on; default: that of the model.
         progress: Shows how far it is.
         sides: Where the last of `encoded` are of other sources: their names; see `Context.side`.
+        processes: See `collect`.
 
     Raises:
-        ModelError: `weights` for a model whose targets do not all lie in one list of blocks.
+        ModelError: DeepSpeed partitioned the model; or its targets do not lie in one list of blocks, with `weights`.
         ResourceError: with a journal, the covariances of all rounds do not fit on its disk.
     """
+    refuse_partitioned(model)
+    sharded = is_sharded(model)
+    processes = world() if sharded else processes
     rounds = [
-        list(batches(part, pad_token_id, batch_size, response_only=response_only)) for part in _as_rounds(encoded)
+        _share(part, processes, pad_token_id, batch_size, response_only=response_only, even=sharded)
+        for part in _as_rounds(encoded)
     ]
     if response_only:
         refuse_response_only(model, layers)
     body = _body(model, layers)
     why = "the targets do not all lie in one list of blocks"
-    if stream and rounds and rounds[0][0].more is not None:  # images: only the language model is run block by block
+    images = any(processes.hear(any(batch.more is not None for parts in rounds for batch in parts)))
+    if images and sharded:
+        raise ModelError(
+            "a sharded model of images and text cannot be collected on",
+            fix="load it whole in every process, or spread it with model.device_map",
+        )
+    if stream and images:  # images: only the language model is run block by block
         body, why = model.get_decoder(), "the targets do not all lie in the blocks of the language model"
     blocks = find_blocks(body, model, layers) if stream else None
-    if blocks is not None and rounds[0][0].more is not None:
-        place = device or next(model.parameters()).device
+    if blocks is not None and images:
+        place = device or device_of(model)
         entering = [embedded(model, parts, place) for parts in rounds]
         ready = [parts for parts in entering if parts is not None]
-        if len(ready) == len(rounds):
+        if all(processes.hear(len(ready) == len(rounds))):
             rounds = ready
         else:
             blocks, why = None, "the language model takes more than embeddings from the vision encoder"
+    if sharded:
+        with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
+            model(**model_inputs(rounds[0][-1].to(device_of(model))))
     notes: list[str] = []
     if blocks is not None:
-        found = list(
-            streamed(
+        with gathered_around(model, [block for _, block in blocks]):
+            parts = streamed(
                 model,
                 body,
                 blocks,
@@ -169,8 +191,9 @@ def collect_encoded(
                 weights=weights,
                 device=device,
                 progress=progress,
+                processes=processes,
             )
-        )
+            found = list(parts)
     else:
         if weights is not None:
             raise ModelError(
@@ -182,8 +205,9 @@ def collect_encoded(
             notes.append(f"collected whole, not in blocks: {why}")
             body = _body(model, layers)
         found = []
-        for r, parts in enumerate(rounds):
-            found.append(_whole(model, body, progress(parts, "collect", len(parts)), layers, r))
+        for r, part in enumerate(rounds):
+            run = model if sharded else body
+            found.append(_whole(model, run, progress(part, "collect", len(part)), layers, r, processes))
             if journal is not None and r == 0:
                 artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
@@ -224,9 +248,14 @@ def collect_running(model: nn.Module, run: Callable[[], object], layers: Sequenc
 
 
 def _whole(
-    model: PreTrainedModel, body: nn.Module, parts: Iterable[Batch], layers: Sequence[LayerSpec], round_: int
+    model: PreTrainedModel,
+    body: nn.Module,
+    parts: Iterable[Batch],
+    layers: Sequence[LayerSpec],
+    round_: int,
+    processes: Processes = ALONE,
 ) -> Captured:
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def run(cpu_batch: Batch) -> None:
         batch = cpu_batch.to(device)
@@ -234,14 +263,37 @@ def _whole(
             body(**model_inputs(batch))
 
     rest = iter(parts)
-    with lanes(lanes_for(layers, device)) as threads:
-        capture = Lanes(layers, threads)
+    with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
+        capture = Lanes(layers, threads, device)
         with hooked(model, capture), patches_counted(model, capture):
             while some := list(itertools.islice(rest, threads.count)):
                 threads.run(run, some)
     capture.merge()
-    capture.check_finite()
-    return capture.captured(round_)
+    if processes.size == 1:
+        capture.check_finite()
+    return capture.captured(round_, processes)
+
+
+def _share(
+    encoded: Sequence[Encoded], processes: Processes, pad: int, size: int, *, response_only: bool, even: bool
+) -> list[Batch]:
+    """This process's batches of a round: every so many-th record in order of length.
+
+    Args:
+        encoded: The whole round.
+        processes: Those that share it.
+        pad: Token of pads.
+        size: Rows per batch.
+        response_only: Only response tokens count.
+        even: As many batches in every process, with batches that do not count where there are too few.
+    """
+    ordered = sorted(encoded, key=len, reverse=True)
+    own = list(batches(dealt(ordered, processes), pad, size, response_only=response_only))
+    if even:
+        (idle,) = batches([Encoded(ordered[-1].ids[:1], (False,))], pad, 1)
+        idle = replace(idle, counts=torch.zeros_like(idle.counts))
+        own += [idle] * (max(processes.hear(len(own))) - len(own))
+    return own
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

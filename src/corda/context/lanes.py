@@ -89,8 +89,8 @@ class Lanes(Capture):
     depends on n and on nothing else. With n = 1 it is a plain capture.
     """
 
-    def __init__(self, layers: Sequence[LayerSpec], threads: Threads) -> None:
-        super().__init__(layers)
+    def __init__(self, layers: Sequence[LayerSpec], threads: Threads, device: torch.device | str = "cpu") -> None:
+        super().__init__(layers, device)
         self._threads = threads
         self._others = [Capture(layers) for _ in range(threads.count - 1)]
 

@@ -17,9 +17,11 @@ from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
 from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.data.batches import Batch
+from corda.distributed import ALONE, Processes
 from corda.journal import Journal
 from corda.offload import LazyWeights
 from corda.progress import Progress
+from corda.sharding import device_of, is_spread
 from corda.targets import LayerSpec
 
 
@@ -35,6 +37,7 @@ def streamed(
     progress: Progress,
     weights: LazyWeights | None = None,
     device: torch.device | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[Captured]:
     """Run the calibration set through one block at a time and yield each block's covariances.
 
@@ -52,23 +55,21 @@ def streamed(
         progress: Shows how far it is.
         weights: Where a model without weights gets those of one block at a time.
         device: To compute on; default: that of the model.
+        processes: Those that run other batches of the same rounds; their sums are added up block by block.
 
     Raises:
         ResourceError: what is to be kept of all blocks and rounds does not fit on the disk; found out after the first
             block of the first round.
     """
-    device = device or next(model.parameters()).device
+    device = device or device_of(model)
     modules = [block for _, block in blocks]
     members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
-    known = [
-        [Captured.noted(journal, _key(i, r)) if journal else None for r in range(len(rounds))]
-        for i in range(len(blocks))
-    ]
+    known = _known(journal, len(blocks), len(rounds), processes)
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
     hidden: list[list[Tensor]] = [[] for _ in rounds]
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
-    with lanes(lanes_for(layers, device)) as threads:
+    with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
         for index in progress(range(len(blocks)), "collect", len(blocks)):
             with ExitStack() as stack:
                 if weights is not None and index <= needed:
@@ -78,7 +79,7 @@ def streamed(
                 for r, parts in enumerate(rounds):
                     done = known[index][r]
                     if index <= needed:
-                        capture = Lanes(members[index] if done is None else [], threads)
+                        capture = Lanes(members[index] if done is None else [], threads, device)
                         with hooked(model, capture):
                             for first in range(0, len(parts), threads.count):
                                 ready = []
@@ -97,16 +98,15 @@ def streamed(
                                     else:
                                         hidden[r][b] = out.cpu()
                         capture.merge()
-                        capture.check_finite()
+                        if processes.size == 1:
+                            capture.check_finite()
                         if done is None and members[index]:
-                            done = capture.captured(r)
+                            done = capture.captured(r, processes)
                             if journal is not None:
-                                if missing:  # of all blocks to come, before the second one is run
-                                    size = done.bytes * missing // _width(members[index])
-                                    artifact.need_disk(journal.folder, size, "lower context.rounds")
-                                    missing = 0
-                                journal.put(_key(index, r), done.packed, done.facts())
-                                done = Captured.noted(journal, _key(index, r))
+                                size = done.bytes * missing // _width(members[index])
+                                missing = 0  # of all blocks to come, asked for before the second one is run
+                                processes.first_only(functools.partial(_put, journal, _key(index, r), done, size))
+                                done = Captured.noted(journal, _key(index, r), verify=processes.first)
                     if done is not None:
                         yield done
 
@@ -124,6 +124,22 @@ class _Ready:
 def _run(block: nn.Module, capture: Capture, ready: _Ready) -> tuple[Tensor, Callable[[Tensor], Any]]:
     with capture.batch(ready.counts):
         return run_block(block, ready.states, ready.args, ready.kwargs)
+
+
+def _known(journal: Journal | None, blocks: int, rounds: int, processes: Processes) -> list[list[Captured | None]]:
+    """What the journal has, as the first process finds it."""
+    if journal is None:
+        return [[None] * rounds for _ in range(blocks)]
+    verify = processes.first
+    found = [[Captured.noted(journal, _key(i, r), verify=verify) for r in range(rounds)] for i in range(blocks)]
+    there = processes.tell([[part is not None for part in parts] for parts in found])
+    return [[part if yes else None for part, yes in zip(*row, strict=True)] for row in zip(found, there, strict=True)]
+
+
+def _put(journal: Journal, key: str, part: Captured, size: int) -> None:
+    if size:
+        artifact.need_disk(journal.folder, size, "lower context.rounds")
+    journal.put(key, part.packed, part.facts())
 
 
 def _width(layers: Sequence[LayerSpec]) -> int:

@@ -17,6 +17,7 @@ from corda.data.formats import Record, Segment, Template, render
 from corda.evaluation.scores import Score, mean
 from corda.processing import tokenizer_of
 from corda.progress import Progress, silent
+from corda.sharding import device_of
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def generate(
         progress: Shows how far it is.
         strip: Leave out leading white space; code needs it.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     given = [encode_segments([Segment(p, False)], tokenizer) if isinstance(p, str) else p for p in prompts]
     order = sorted(range(len(given)), key=lambda i: (-len(given[i]), i))
     pad = pad_id(tokenizer)

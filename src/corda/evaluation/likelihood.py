@@ -13,6 +13,7 @@ from corda.data.batches import Encoded, batches, encode_segments
 from corda.data.formats import Record, Segment
 from corda.evaluation.scores import Score, mean, ratio
 from corda.progress import Progress, silent
+from corda.sharding import device_of
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def token_losses(
     model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
 ) -> list[Tensor]:
     """Negative log-likelihood in nats of every response token, one 1-D fp32 tensor per record, in order given."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     losses: list[Tensor] = [torch.empty(0)] * len(encoded)
     parts = progress(

@@ -16,6 +16,7 @@ from corda.adapter import relative_difference
 from corda.errors import CheckError, ModelError
 from corda.exporting.update import Factors
 from corda.models import keep_exact
+from corda.sharding import device_of
 
 # Largest max |reloaded - live| / max |live| for a base in fp32, where only the order of sums changes.
 EXACT = 1e-5
@@ -29,7 +30,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
     """Logits on the probe, (B, L, V) fp32, on the CPU."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     logits = model(**{name: value.to(device) for name, value in probe.items()}).logits
     assert isinstance(logits, Tensor)
     return logits.float().cpu()

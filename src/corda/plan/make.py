@@ -13,22 +13,24 @@ from torch import Tensor, nn
 
 from corda import linalg
 from corda.context.store import Context
+from corda.distributed import ALONE, Processes
 from corda.errors import PlanError
 from corda.journal import Journal
 from corda.metric import Metric, damping, full_precision
 from corda.plan.allocation import Candidate, allocate
 from corda.plan.byhand import by_hand, check_ranks_by_hand, round_by_hand, with_ranks_by_hand
 from corda.plan.compactness import Compactness, compactness, from_spectrum
-from corda.plan.parallel import each
 from corda.plan.part import Part
 from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
+from corda.plan.sharing import PARTS, SURVEYED, THETAS, Shared, Weights
 from corda.plan.weigh import all_thetas, ranks_by_theta, weigh
 from corda.progress import Progress, silent
 from corda.quantization import Factors, start
 from corda.reading import parse_adapter
 from corda.recipe import TWO_CONTEXTS, AdapterOptions, Selection
-from corda.targets import LayerSpec, weight_of
+from corda.sharding import device_of
+from corda.targets import LayerSpec
 
 _END: dict[str, linalg.End] = {"kpm": "smallest", "ipm": "largest"}
 
@@ -45,6 +47,7 @@ def make_plan(
     quantise: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    processes: Processes = ALONE,
     **settings: Any,
 ) -> Plan:
     """Choose the components of every layer and build their factors (CorDA, eqs. 2-5; CorDA++, eqs. 7-10).
@@ -60,6 +63,8 @@ def make_plan(
         quantise: For a 4-bit model: W (d_out, d_in) -> Q(W) as numbers; see `corda.quantization.round_trip`.
         seed: Of random directions.
         progress: Shows how far it is.
+        processes: `corda.distributed.world()` shares the layers out over all of torch.distributed's processes, which
+            then all have to call this with the same arguments; a model sharded by FSDP2 is always shared out.
         settings: Adapter options by name instead, e.g. mode="ipm", rank=32.
 
     Raises:
@@ -79,12 +84,8 @@ def make_plan(
         return Plan(options, tuple(blank.values()), warnings=(changed,) if changed else ())
     if not isinstance(context, Context):
         raise PlanError("a mode that needs covariances got none", where=f"mode {options.mode}", fix="collect first")
-    device = device or next(model.parameters()).device
-
-    def weight(spec: LayerSpec) -> Tensor:
-        given = weights(f"{spec.name}.weight") if weights is not None else None
-        return weight_of(model, spec, given).to(device)
-
+    device = device or device_of(model)
+    weight = Weights(model, weights, device)
     if options.correction != "none" and quantise is None:
         raise PlanError(
             "there is no error of 4 bits to correct",
@@ -96,14 +97,11 @@ def make_plan(
     work = _Work(context, options, selection, weight, device, journal, quantise, learn, seed)
     groups = context.members()
     small = device.type == "cpu" and max(min(spec.d_out, spec.d_in) for spec in specs) <= linalg.EXACT_LIMIT
+    share = Shared(weight, processes, small, progress)
     with torch.no_grad(), full_precision():
         if selection == "dynamic" or (options.allocation == "dynamic" and not weighs):
-            found = each(lambda item: work.survey(*item), list(groups.items()), side_by_side=small)
-            surveyed = {
-                layer.name: (layer, spectrum)
-                for survey in progress(found, "survey", len(groups))
-                for layer, spectrum in survey
-            }
+            found = share.each(work.survey, list(groups.items()), "survey", SURVEYED)
+            surveyed = {layer.name: (layer, spectrum) for survey in found for layer, spectrum in survey}
             ranks = dict.fromkeys(surveyed, rank) if weighs else _ranks(surveyed, options, rank)
             blank = {name: replace(layer, rank=ranks[name], train_a=trained) for name, (layer, _) in surveyed.items()}
         else:
@@ -112,13 +110,13 @@ def make_plan(
         blank = {spec.name: work.with_round_by_hand(spec, blank[spec.name]) for spec in specs}
         if weighs and options.allocation == "dynamic":
             tasks = [(g, [(spec, blank[spec.name]) for spec in members]) for g, members in groups.items()]
-            weighed = each(lambda item: work.thetas(*item), tasks, side_by_side=small)
-            thetas = {name: t for some in progress(weighed, "weigh", len(groups)) for name, t in some.items()}
+            weighed = share.each(work.thetas, tasks, "weigh", THETAS)
+            thetas = {name: t for some in weighed for name, t in some.items()}
             blank = ranks_by_theta(blank, thetas, options)
         blank, changed = with_ranks_by_hand(blank, options)
         todo = [(group, [(spec, blank[spec.name]) for spec in members]) for group, members in groups.items()]
-        made = each(lambda item: work.factorise(*item), todo, side_by_side=small)
-        parts = {part.layer.name: part for some in progress(made, "decompose", len(groups)) for part in some}
+        made = share.each(work.factorise, todo, "decompose", PARTS)
+        parts = {part.layer.name: part for some in made for part in some}
     ordered = [parts[spec.name] for spec in specs]
     dead = sum(part.layer.dead for part in ordered)
     notes = [changed] if changed else []
