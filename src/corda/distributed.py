@@ -5,6 +5,7 @@ Everything goes through torch.distributed as JSON or plain tensors; no Python ob
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +167,8 @@ def world() -> Processes:
 def joined(*, cpu: bool) -> Iterator[Processes]:
     """Inside, the processes that a launcher has started are connected; nothing happens without a launcher.
 
+    They stay connected until the process ends: gloo does not connect the same processes a second time.
+
     Args:
         cpu: Compute on CPUs even where there are GPUs.
     """
@@ -176,9 +179,12 @@ def joined(*, cpu: bool) -> Iterator[Processes]:
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=_PATIENCE)
-    try:
-        yield world()
-    finally:
+    atexit.register(_part)
+    yield world()
+
+
+def _part() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
