@@ -5,7 +5,8 @@ python benchmarks/shared_out.py   writes benchmarks/results/shared-out.json; one
 Recorded: the seconds of decomposing each input's layers at a few widths, on random weights and covariances. From them
 the seconds per unit of the cost that layers are shared out by; the simulation shares a model's inputs out as
 `corda.distributed.by_cost` does and adds up the recorded seconds of every process. Measured: a plan of 12 blocks in one
-process and in two.
+process and in two. All seconds are CPU seconds of a process with one thread, which other work on the machine disturbs
+little; of two processes the busier one counts, its part in gathering the factors included.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ def context_of(groups: list[list[LayerSpec]], seed: int = 1) -> Context:
 
 
 def seconds_of(groups: list[list[LayerSpec]], **more: Any) -> float:
-    """Of a plan of rank 16."""
+    """CPU seconds of a plan of rank 16 in this process, which has one thread."""
     model, context = Weights(groups), context_of(groups)
-    start = time.perf_counter()
+    start = time.process_time()
     make_plan(model, context, mode="kpm", rank=16, weights=model.values.__getitem__, **more)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def recorded(repetitions: int) -> list[dict[str, Any]]:
@@ -161,7 +162,7 @@ def main() -> None:
         "recorded": costs,
         "times faster, simulated": simulated(rate),
         "measured": {
-            "what": "plan of 12 blocks of SmolLM2's shapes, rank 16, one thread a process",
+            "what": "plan of 12 blocks of SmolLM2's shapes, rank 16; CPU seconds of the busiest process, one thread each",
             "one": alone,
             "two": together,
             "times faster": statistics.median(alone) / statistics.median(together),
