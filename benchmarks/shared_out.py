@@ -162,7 +162,7 @@ def main() -> None:
         "recorded": costs,
         "times faster, simulated": simulated(rate),
         "measured": {
-            "what": "plan of 12 blocks of SmolLM2's shapes, rank 16; CPU seconds of the busiest process, one thread each",
+            "what": "plan of 12 blocks of SmolLM2's shapes, rank 16; CPU seconds of the busiest process",
             "one": alone,
             "two": together,
             "times faster": statistics.median(alone) / statistics.median(together),
