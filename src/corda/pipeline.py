@@ -264,7 +264,7 @@ class Stages:
         known = artifact.read_json(book) if book.is_file() else {}
         done = exporting.finished(folder, key)
         if done is None:
-            model = self._tuned(trained, plan)
+            model = self._with_adapter(trained, plan)
             with self.meter.stage("export"):
                 done = exporting.export(
                     model,
@@ -322,9 +322,9 @@ class Stages:
 
     def tuned(self) -> PeftModel:
         """The trained model."""
-        return self._tuned(self.trained(), self.plan())
+        return self._with_adapter(self.trained(), self.plan())
 
-    def _tuned(self, trained: artifact.Artifact, plan: Plan) -> PeftModel:
+    def _with_adapter(self, trained: artifact.Artifact, plan: Plan) -> PeftModel:
         if not isinstance(self.bases.live, PeftModel):
             model, _ = self.bases.attached(plan)
             model.load_adapter(str(trained.folder), TRAINED)

@@ -82,7 +82,7 @@ def exported(raw_recipe, form, output, **more):
     raw_recipe["export"] = {"format": form, "output": str(output), **more}
     with pipeline.opened(parse_recipe(raw_recipe)) as stages:
         facts = stages.exported()
-        live = logits(stages._tuned())
+        live = logits(stages.tuned())
     return facts, live
 
 
