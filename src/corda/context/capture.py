@@ -174,16 +174,6 @@ class Capture:
                 fix="leave the layer out of target_modules",
             )
 
-    def _set_group(self, name: str, group: str) -> None:
-        if self.groups.setdefault(name, group) != group:
-            raise CalibrationError(
-                "a layer shares its input with others in some forward passes only",
-                where=name,
-                got=f"the input of {group}",
-                expected=f"the input of {self.groups[name]}",
-                fix="leave the layer out of target_modules",
-            )
-
     def _counted(self, name: str, x: Tensor) -> Tensor:
         if not self._counts:
             raise CalibrationError("a forward pass outside of a batch", where=name)
