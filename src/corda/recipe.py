@@ -19,6 +19,7 @@ Allocation = Literal["uniform", "dynamic"]
 Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
+DeviceMap = Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code"]
 Tower = Literal["language", "vision", "projector"]
@@ -36,9 +37,7 @@ class ModelOptions(Strict):
     revision: str | None = Field(None, description="Hub revision")
     dtype: Dtype = Field("auto", description="auto: float32 on a CPU, the checkpoint's own elsewhere")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = Field(
-        None, description="spread the weights: auto, or a mapping of module: GPU number, cpu or disk (accelerate's)"
-    )
+    device_map: DeviceMap = Field(None, description="spread the weights: auto, or module: GPU number, cpu or disk")
     max_memory: dict[int | str, str] | None = Field(None, description="per device, for device_map, e.g. {0: 70GB}")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
     load_in_4bit: bool = Field(False, description="hold the linear layers in 4 bits (bitsandbytes)")
