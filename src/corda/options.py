@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+DeviceMap = Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None
 ExportFormat = Literal["lora", "residual", "merged", "none"]
 Layout = Literal["patterns", "uniform"]
 

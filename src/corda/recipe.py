@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corda.options import ExportOptions, PositiveInt, Strict
+from corda.options import DeviceMap, ExportOptions, PositiveInt, Strict
 from corda.ranks import Ranks
 
 Mode = Literal["kpm", "ipm", "dual", "contrast", "lora"]
@@ -19,7 +19,6 @@ Allocation = Literal["uniform", "dynamic"]
 Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
-DeviceMap = Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code"]
 Tower = Literal["language", "vision", "projector"]
