@@ -20,6 +20,7 @@ from corda.context.store import Context
 from corda.forms import INITIAL, TRAINED
 from corda.metric import full_precision
 from corda.recipe import TrainingOptions
+from corda.sharding import whole
 from corda.targets import LayerSpec
 
 _IN_MEMORY = 2 << 30  # bytes of covariances that stay in memory between readings; more are read from the disk again
@@ -229,8 +230,8 @@ class _Side:
 
 def _change(module: Any) -> tuple[Tensor, Tensor]:
     """P (d_out, k), Q (k, d_in) with P Q = B A - B0 A0, such that near the start nothing large cancels."""
-    A, B = (part[TRAINED].weight.float() for part in (module.lora_A, module.lora_B))
+    A, B = (whole(part[TRAINED].weight).float() for part in (module.lora_A, module.lora_B))
     if INITIAL not in module.lora_A:
         return B, A
-    A0, B0 = (part[INITIAL].weight.float() for part in (module.lora_A, module.lora_B))
+    A0, B0 = (whole(part[INITIAL].weight).float() for part in (module.lora_A, module.lora_B))
     return torch.cat([B - B0, B0], dim=1), torch.cat([A, A - A0])
