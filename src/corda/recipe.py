@@ -144,10 +144,10 @@ class AdapterOptions(Strict):
     base: Base | None = Field(
         None, description="intact: W stays; residual: W - BA replaces it; default: intact, residual for a 4-bit model"
     )
-    correction: Correction = Field(
-        "none",
-        description="of the error of 4 bits, in the metric of the data: none; fit: the adapter is refitted to it; "
-        "frozen: a frozen low-rank part beside the adapter",
+    correction: Correction | None = Field(
+        None,
+        description="of the error of 4 bits, by the data: fit: refit adapter; frozen: a frozen part beside it; none; "
+        "default: fit (ipm) or frozen on a 4-bit residual base (benchmarks/results/four-bit-start-*), else none",
     )
     correction_rank: PositiveInt | None = Field(None, description="of the frozen part; default: rank")
     correction_rounds: PositiveInt = Field(1, description="of quantising and refitting")
@@ -197,7 +197,7 @@ class AdapterOptions(Strict):
 
     @model_validator(mode="after")
     def _correction_fits(self) -> AdapterOptions:
-        if self.correction != "none" and self.mode == "lora":
+        if self.correction not in {None, "none"} and self.mode == "lora":
             raise ValueError("a correction needs covariances, which mode lora has not")
         if self.base == "intact" and (self.correction == "fit" or self.correction_rounds > 1):
             raise ValueError("an intact base can only have correction 'frozen', of one round: use base 'residual'")

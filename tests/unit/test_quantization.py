@@ -16,6 +16,7 @@ from corda.metric import Metric, damping
 from corda.models import Quantisation, Source
 from corda.offload import LazyWeights, empty_model
 from corda.plan.make import make_plan
+from corda.plan.plan import corrected
 from corda.reading import parse_adapter, parse_recipe
 from corda.recipe import ModelOptions
 from corda.targets import find_targets, weight_of
@@ -129,6 +130,23 @@ def test_a_frozen_part_leaves_the_adapter_its_directions(layer):
 def test_an_intact_base_is_not_requantised(layer):
     with pytest.raises(ValueError, match="can only have a frozen correction, of one round"):
         begun(layer, residual=False, correction="fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "four_bit", "correction"),
+    [
+        ({"mode": "ipm"}, True, "fit"),
+        ({"mode": "kpm"}, True, "frozen"),
+        ({"mode": "dual"}, True, "frozen"),
+        ({"mode": "ipm"}, False, "none"),
+        ({"mode": "kpm", "base": "intact"}, True, "none"),
+        ({"mode": "lora"}, True, "none"),
+        ({"mode": "contrast"}, True, "none"),
+        ({"mode": "ipm", "correction": "none"}, True, "none"),
+    ],
+)
+def test_the_default_correction_follows_from_mode_and_base(settings, four_bit, correction):
+    assert corrected(parse_adapter(settings), four_bit) == correction
 
 
 @pytest.mark.parametrize(

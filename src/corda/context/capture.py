@@ -147,7 +147,7 @@ class Capture:
         processes.add_up(list(packed.values()))
         if processes.size > 1:
             _refuse([group for group, sums in packed.items() if not bool(torch.isfinite(sums).all())])
-        covariances = {candidate(group, round_): (packed[group] / count).cpu() for group, count in tokens.items()}
+        covariances = {candidate(group, round_): packed[group].div_(count).cpu() for group, count in tokens.items()}
         return Captured(covariances, {candidate(g, round_): count for g, count in tokens.items()}, dict(self.groups))
 
     def _tokens(self, processes: Processes) -> dict[str, int]:

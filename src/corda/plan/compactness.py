@@ -39,7 +39,14 @@ class Compactness:
         return self.floor > 0.5 * self.sigma_min
 
 
-def compactness(C: Tensor, d_out: int, *, damp: float = 0.01, scale: Scale = "token") -> Compactness:
+def compactness(
+    C: Tensor,
+    d_out: int,
+    *,
+    damp: float = 0.01,
+    scale: Scale = "token",
+    extremes: tuple[float, float] | None = None,
+) -> Compactness:
     """π of a covariance for a layer with `d_out` outputs.
 
     Args:
@@ -49,14 +56,14 @@ def compactness(C: Tensor, d_out: int, *, damp: float = 0.01, scale: Scale = "to
             there are fewer tokens than inputs.
         scale: "token": C as it is, so that π depends on the size of the activations; "unit": C divided by its mean
             diagonal, free of a factor common to all candidates.
+        extremes: Smallest and largest eigenvalue of C, where they are known: layers with one input share them.
 
     Raises:
         ValueError: C + λI is not positive definite.
     """
-    C = C.double()
-    size = float(C.diagonal().mean())
+    size = float(C.diagonal().double().mean())
     lam = damp * size
-    smallest, largest = extreme_eigenvalues(C)
+    smallest, largest = extremes or extreme_eigenvalues(C.double())
     smallest, largest = max(smallest, 0.0) + lam, largest + lam
     if smallest <= 0:
         raise ValueError("C is singular and not damped: π is infinite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +20,9 @@ from corda.journal import Journal
 from corda.metric import Metric, damping, full_precision
 from corda.plan.allocation import Candidate, allocate
 from corda.plan.byhand import by_hand, check_ranks_by_hand, round_by_hand, with_ranks_by_hand
-from corda.plan.compactness import Compactness, compactness, from_spectrum
+from corda.plan.compactness import Compactness, compactness, extreme_eigenvalues, from_spectrum
 from corda.plan.part import Part
-from corda.plan.plan import LayerPlan, Plan, check_ranks, layer_from_json, scaling
+from corda.plan.plan import LayerPlan, Plan, check_ranks, corrected, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
 from corda.plan.sharing import PARTS, SURVEYED, THETAS, Shared, Weights
 from corda.plan.weigh import all_thetas, ranks_by_theta, weigh
@@ -86,7 +87,7 @@ def make_plan(
         raise PlanError("a mode that needs covariances got none", where=f"mode {options.mode}", fix="collect first")
     device = device or device_of(model)
     weight = Weights(model, weights, device)
-    if options.correction != "none" and quantise is None:
+    if corrected(options, quantise is not None) != "none" and quantise is None:
         raise PlanError(
             "there is no error of 4 bits to correct",
             where=f"adapter.correction {options.correction}",
@@ -213,9 +214,10 @@ class _Work:
         best: dict[str, tuple[LayerPlan, Tensor]] = {}
         for round_ in candidates:
             metric = self.metric(members[0].name, round_)
+            extremes = _extremes(metric)
             for spec in members:
                 spectrum = linalg.spectrum(weights[spec.name], metric)
-                pi = self._compactness(spec, metric, spectrum)
+                pi = self._compactness(spec, metric, spectrum, extremes)
                 scores[spec.name].append(candidate_score(pi.log_pi, spectrum))
                 if choose(scores[spec.name]) == len(scores[spec.name]) - 1:
                     layer = LayerPlan(spec.name, spec.kind, spec.d_out, spec.d_in, 0, group)
@@ -241,7 +243,7 @@ class _Work:
         if layer.log_pi is None:
             return layer
         metric = self.metric(spec.name, chosen)
-        pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric))
+        pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric), _extremes(metric))
         return replace(layer, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
 
     def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
@@ -311,7 +313,9 @@ class _Work:
             self.journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
         return parts
 
-    def _compactness(self, spec: LayerSpec, metric: Metric, spectrum: Tensor) -> Compactness:
+    def _compactness(
+        self, spec: LayerSpec, metric: Metric, spectrum: Tensor, extremes: Callable[[], tuple[float, float]]
+    ) -> Compactness:
         options = self.options
         assert metric.C is not None
         try:
@@ -319,7 +323,7 @@ class _Work:
                 pi = from_spectrum(spectrum, spec.d_out)
             else:
                 damp, scale = options.compactness_damp, options.compactness_scale
-                pi = compactness(metric.C, spec.d_out, damp=damp, scale=scale)
+                pi = compactness(metric.C, spec.d_out, damp=damp, scale=scale, extremes=extremes())
         except ValueError as error:
             raise PlanError("the compactness of a layer cannot be had", where=spec.name, got=error) from None
         if pi.log_pi <= 0:
@@ -331,6 +335,13 @@ class _Work:
                 fix="set adapter.compactness_scale: unit",
             )
         return pi
+
+
+def _extremes(metric: Metric) -> Callable[[], tuple[float, float]]:
+    """Extreme eigenvalues of C, found when first asked for: layers with one input share them."""
+    C = metric.C
+    assert C is not None
+    return functools.cache(lambda: extreme_eigenvalues(C.double()))
 
 
 def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, options: AdapterOptions) -> Part:
@@ -364,7 +375,7 @@ def _quantised(
         scaling=s,
         quantise=quantise,
         residual=options.form(four_bit=True) == "residual",
-        correction=options.correction,
+        correction=corrected(options, four_bit=True),
         rank=options.correction_rank or options.rank,
         rounds=options.correction_rounds,
         balance=options.balance,

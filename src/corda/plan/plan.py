@@ -15,7 +15,7 @@ from torch import Tensor
 from corda import artifact
 from corda.errors import PlanError
 from corda.quantization import QuantisationError, totals
-from corda.recipe import AdapterOptions, Mode
+from corda.recipe import AdapterOptions, Correction, Mode
 from corda.targets import LayerSpec
 
 WEIGHED = "weighed.safetensors"
@@ -136,6 +136,12 @@ def scaling(options: AdapterOptions, rank: int) -> float:
     """s = alpha/r, or alpha/√r with rsLoRA. An alpha given for `options.rank` keeps s in layers of other ranks."""
     alpha = float(options.rank) if options.lora_alpha is None else options.lora_alpha
     return alpha / math.sqrt(options.rank) if options.use_rslora else alpha / options.rank
+
+
+def corrected(options: AdapterOptions, four_bit: bool) -> Correction:
+    """What is done about the error of 4 bits: as asked, else by mode where a residual base is quantised."""
+    quantised = four_bit and options.has_start and options.form(four_bit) == "residual"
+    return options.correction or ("none" if not quantised else "fit" if options.mode == "ipm" else "frozen")
 
 
 def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
