@@ -206,3 +206,28 @@ def test_the_verb(raw_recipe, write_recipe, capsys, monkeypatch):
         else:
             assert "Trainable parameters" in out
             assert "would do" in out
+
+
+def test_experts_count_with_those_that_a_token_is_sent_to(raw_recipe, tmp_path):
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    config = {
+        "model_type": "mixtral",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    raw_recipe["model"]["model_name_or_path"] = str(folder)
+    facts = Facts(Inputs(recipe(raw_recipe)), "cuda")
+    experts = 2 * 8 * 3 * 32 * 48
+    assert facts.active == facts.parameters - 2 * 64 * 32 - 0.75 * experts
+    assert facts.groups["model.layers.1.self_attn.q_proj"][1].name == "model.layers.1.self_attn.k_proj"
+    found = estimate(recipe(raw_recipe), "h100")
+    assert found["seconds"]["train"]["total"] > 0

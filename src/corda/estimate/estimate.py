@@ -187,12 +187,17 @@ class _Work:
         tokens = sum(facts.tokens.rounds)
         share = tokens / self.processes
         forward = 2.0 * self.facts.active * share / device.forward
-        triangles = sum(triangle_flops(m[0].d_in, share) for m in facts.groups.values()) / device.products
+        triangles = sum(triangle_flops(m[0].d_in, share * facts.share(m[0])) for m in facts.groups.values())
         rounds = len(facts.tokens.rounds)
         written = rounds * sum(packed(g) for g in facts.block_groups())
         moved = 2.0 * share * facts.hidden * facts.dtype.itemsize * len(facts.blocks or []) / device.link
         read = facts.weight_bytes(full=True) / device.disk  # once for all processes of a node
-        parts = {"forward": forward, "products": triangles, "write": written / device.disk, "read_weights": read}
+        parts = {
+            "forward": forward,
+            "products": triangles / device.products,
+            "write": written / device.disk,
+            "read_weights": read,
+        }
         if not self.on_cpu:
             parts["move"] = moved + written / device.link
         if self.processes > 1:

@@ -152,15 +152,22 @@ class Facts:
     @cached_property
     def active(self) -> float:
         """Parameters that a token meets between embedding and head: of experts, those of the chosen ones."""
-        config = self.model.config.get_text_config()
-        tied = getattr(config, "tie_word_embeddings", False)
+        tied = getattr(self.model.config.get_text_config(), "tie_word_embeddings", False)
         all_ = self.parameters - self.embedding() * (1 if tied else 2)
+        inside = sum(p.numel() for n, p in self.model.named_parameters() if ".experts." in n)
+        return float(all_ - inside * (1 - self.routed))
+
+    @cached_property
+    def routed(self) -> float:
+        """Share of the experts that a token is sent to; 1 for a model without."""
+        config = self.model.config.get_text_config()
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         chosen = getattr(config, "num_experts_per_tok", None)
-        if not experts or not chosen:
-            return float(all_)
-        inside = sum(p.numel() for n, p in self.model.named_parameters() if ".experts." in n)
-        return float(all_ - inside + inside * chosen / experts)
+        return float(chosen / experts) if experts and chosen else 1.0
+
+    def share(self, layer: LayerSpec) -> float:
+        """Of the tokens, those that reach a layer."""
+        return self.routed if ".experts." in layer.name else 1.0
 
     def weight_bytes(self, *, full: bool = False) -> int:
         """Of the base as it is held, or (full) in the dtype that a 4-bit base is made from."""

@@ -242,7 +242,11 @@ def shared_inputs(build: Callable[[], PreTrainedModel], layers: Sequence[LayerSp
     if alike:
         first = f"{blocks[0]}."
         of = {name.removeprefix(first): group.removeprefix(first) for name, group in groups.items()}
-        groups = {f"{b}.{name}": f"{b}.{of[name]}" for b, names in zip(blocks, inside, strict=True) for name in names}
+        groups = {
+            f"{b}.{name}": f"{b}.{of.get(name, name)}"
+            for b, names in zip(blocks, inside, strict=True)
+            for name in names
+        }
     return {layer.name: groups.get(layer.name, layer.name) for layer in layers}
 
 
