@@ -15,7 +15,7 @@ from corda.comparing.smoke import smoke_study
 from corda.comparing.study import Cell, cells, parse_study
 
 EVERY = ["full", "lora_frozen_a", "dora", "pissa", "milora", "eva", "lora_ga", "lora_null", "peft_corda_kpm"]
-EVERY += ["peft_corda_ipm", "kpm_plus", "ipm_plus", "kpm_sigma", "qlora", "ipm_4bit"]
+EVERY += ["peft_corda_ipm", "kpm_plus", "ipm_plus", "kpm_sigma", "contrast", "dual", "qlora", "ipm_4bit"]
 
 
 def tiny(folder, methods, **more):

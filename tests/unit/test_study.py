@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from corda.comparing.fairness import check
+from corda.comparing.fairness import check, refuse_calibrated, refuse_narrow, refuse_tasks, refuse_unshared
 from corda.comparing.methods import METHODS
 from corda.comparing.null_space import null_factors
 from corda.comparing.smoke import smoke_study
 from corda.comparing.study import Cell, cells, load_study, parse_study, recipe_of
 from corda.errors import RecipeError
+
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 @pytest.fixture
@@ -79,6 +82,18 @@ def test_every_method_has_a_valid_recipe(raw, name):
     raw["methods"][name] = {}
     study = parse_study(raw)
     assert recipe_of(study, Cell(name, 1e-3, 0)).seed == 0
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid_and_their_grids_wide_enough(path):
+    study = load_study(path)
+    for name in study.methods:
+        refuse_narrow(name, study.rates(name))
+        refuse_unshared(name, [*study.methods[name].settings, *study.methods[name].grid])
+    recipes = {cell.name: recipe_of(study, cell) for cell in cells(study)}
+    refuse_tasks(study, recipes[study.reference])
+    refuse_calibrated(study, recipes[study.reference])
+    assert set(recipes) == set(study.methods)
 
 
 def changed(raw, **keys):
