@@ -17,11 +17,12 @@ from corda import adapter, artifact, models
 from corda.bases import Bases
 from corda.data.batches import encode_segments, pad_id
 from corda.data.formats import Segment, to_records
-from corda.errors import ArtifactError, DataError
+from corda.errors import ArtifactError, DataError, ModelError
 from corda.evaluation.generation import end_tokens
 from corda.forms import TRAINED
 from corda.inputs import Inputs
 from corda.plan import plan as plans
+from corda.processing import takes_images
 from corda.reading import parse_recipe
 from corda.recipe import Recipe
 
@@ -72,13 +73,17 @@ def open_pair(recipe: Recipe, form: str | None = None, folder: Path | None = Non
     Raises:
         ArtifactError: the run has no plan or no trained adapter.
         DataError: there is no such form, or chat without a chat template.
-        ModelError: the base cannot be loaded.
+        ModelError: the base cannot be loaded, or it takes images.
     """
     folder = folder or recipe.output_dir
     trained = artifact.read(folder / "train", "train")
     plan = plans.load(artifact.read(folder / "plan", "plan"))
     bases = Bases(Inputs(recipe))
     tokenizer = bases.inputs.tokenizer
+    if takes_images(tokenizer):
+        raise ModelError(
+            "chat has no way to show an image", where=recipe.model.model_name_or_path, fix="measure with corda eval"
+        )
     chosen = _form(recipe, tokenizer, form)
     four_bit = bases.inputs.quantisation is not None
     held = recipe.adapter.form(four_bit)

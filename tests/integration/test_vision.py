@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from corda import models, pipeline
+from corda.chatting import open_pair
 from corda.errors import DataError, ModelError, RecipeError
 from corda.inputs import Inputs
 from corda.reading import parse_recipe
@@ -55,6 +56,13 @@ def test_a_run_on_images(raw, tmp_path, template):
     assert "AutoModelForImageTextToText" in (tmp_path / "run/adapter/README.md").read_text()
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert PeftModel.from_pretrained(base, tmp_path / "run/adapter").peft_config["default"].r == 8
+
+
+def test_chat_with_a_model_that_takes_images_is_refused(raw):
+    recipe = parse_recipe(raw)
+    pipeline.run(recipe)
+    with pytest.raises(ModelError, match=r"chat has no way to show an image.*corda eval"):
+        open_pair(recipe)
 
 
 @pytest.mark.parametrize(
