@@ -82,6 +82,24 @@ def texts() -> list[str]:
     return [f"The {w} of item {i} is {i * 7 % 13}, not {w[::-1]}." for i, w in enumerate(WORDS * 3)]
 
 
+def encoded_texts(texts: list[str], tokenizer: Any) -> list[Any]:
+    from corda.data.batches import encode
+    from corda.data.formats import to_records
+
+    return [encode(record, tokenizer) for record in to_records([{"text": text} for text in texts])]
+
+
+FAMILIES_RUN = Path(__file__).parents[1] / "docs" / "families.json"
+
+
+def note_family(family: str, facts: dict[str, str]) -> None:
+    """With CORDA_RECORD_FAMILIES set, what was run is written down; a table of the docs is made of it."""
+    if os.environ.get("CORDA_RECORD_FAMILIES"):
+        known = json.loads(FAMILIES_RUN.read_text(encoding="utf-8")) if FAMILIES_RUN.is_file() else {}
+        text = json.dumps(dict(sorted((known | {family: facts}).items())), indent=1)
+        FAMILIES_RUN.write_text(text + "\n", encoding="utf-8")
+
+
 WORDS = ["colour", "weight", "price", "origin", "width", "maker", "age", "smell", "shape", "name"]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from corda import linalg, pipeline
 from corda.adapter import attach, relative_difference
@@ -134,6 +134,25 @@ def test_defect_09_a_layer_that_sees_no_token(model, tokenizer, texts, monkeypat
     context = collecting.collect_encoded(model, encoded(texts[:3], tokenizer), layers, pad_token_id=0, skip_unseen=True)
     assert len(context.layers) == 13
     assert any("left out" in warning for warning in context.warnings)
+
+
+def test_defect_10_stacked_experts(tokenizer, texts, tmp_path):
+    """Every expert has a covariance of its own tokens and a part of the adapter; what is saved loads on the base."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = MixtralConfig(vocab_size=259, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **sizes)
+    moe = MixtralForCausalLM(settings).eval()
+    moe.save_pretrained(tmp_path / "base")
+    reference = logits(moe)
+    context = collect(moe, tokenizer, texts)
+    assert sum(".experts.down_proj." in layer.name for layer in context.layers) == 8
+    wrapped = attach(moe, make_plan(moe, context, rank=3))
+    assert relative_difference(logits(wrapped), reference) < 1e-5
+    move(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    fresh = MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    assert relative_difference(logits(PeftModel.from_pretrained(fresh, str(tmp_path / "a"))), logits(wrapped)) < 1e-5
+    assert relative_difference(logits(wrapped), reference) > 1e-3
 
 
 @pytest.mark.parametrize("base", ["intact", "residual"])

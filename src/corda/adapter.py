@@ -10,29 +10,30 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from corda import parameters
 from corda.distributed import world
-from corda.errors import AdapterError
+from corda.errors import AdapterError, TargetError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
-from corda.plan.plan import LayerPlan, Plan
+from corda.lora_config import exact_key, lora_config, whole
+from corda.plan.plan import Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
 from corda.sharding import computing_device, refuse_partitioned, subtract, whole_adapters
+from corda.targets import spec_of
 
 _FROZEN = (INITIAL, CORRECTION)
 
@@ -133,21 +134,28 @@ def attach(
         )
     config = lora_config(model, plan)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    as_parameters = parameters.pattern_of(model, [layer.name for layer in plan.layers])
     if plan.mode == "lora":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             plain: PeftModel = cls(model, config)
             for layer in plan.layers:
+                if layer.name in as_parameters:
+                    continue
                 module = plain.base_model.model.get_submodule(layer.name)
                 if _materialise(module, TRAINED):
                     module.reset_lora_parameters(TRAINED, True)
-            return plain
+        parameters.drop_unplanned(plain, {layer.name: layer.rank for layer in plan.layers})
+        return plain
     wrapped: PeftModel = _exact(cls, plan.options.freezes_a)(model, config)
     if plan.options.has_start:
-        wrapped.add_adapter(INITIAL, copy.deepcopy(config))
+        wrapped.add_adapter(INITIAL, _without_heads(config))
     if plan.corrections:
         wrapped.add_adapter(CORRECTION, _correction_config(model, config, plan))
+    parameters.start(wrapped, plan.factors, as_parameters, form)
     for layer in plan.layers:
+        if layer.name in as_parameters:
+            continue
         module = wrapped.base_model.model.get_submodule(layer.name)
         with torch.no_grad():
             _fill(module, TRAINED, plan.factors[layer.name])
@@ -193,40 +201,21 @@ def _fill(module: Any, name: str, factors: tuple[Tensor, Tensor]) -> None:
     module.lora_B[name].weight.copy_(factors[1])
 
 
+def _without_heads(config: LoraConfig) -> LoraConfig:
+    own = copy.deepcopy(config)
+    own.modules_to_save = None
+    return own
+
+
 def _correction_config(model: nn.Module, config: LoraConfig, plan: Plan) -> LoraConfig:
     """Of the frozen part: its own ranks, scaling 1."""
     ranks = {name: A.shape[0] for name, (A, _) in plan.corrections.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
-    own = copy.deepcopy(config)
+    own = _without_heads(config)
     own.r, own.lora_alpha, own.use_rslora = r, r, False
     own.rank_pattern = {exact_key(model, name): rank for name, rank in ranks.items() if rank != r}
     own.alpha_pattern = dict(own.rank_pattern)
     return own
-
-
-def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
-    """PEFT's config of a plan: uniform where the ranks are, patterns by full dotted name where not."""
-    ranks = {layer.name: layer.rank for layer in plan.layers}
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    options = plan.options
-    root = r**0.5 if options.use_rslora else r
-    return LoraConfig(
-        task_type=_task_type(model),
-        r=r,
-        lora_alpha=_whole(plan.scaling(r) * root),
-        use_rslora=options.use_rslora,
-        lora_dropout=options.lora_dropout,
-        target_modules=target_names(model, list(ranks)),
-        rank_pattern={exact_key(model, name): rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={
-            exact_key(model, name): _whole(plan.scaling(rank) * (rank**0.5 if options.use_rslora else rank))
-            for name, rank in ranks.items()
-            if rank != r
-        },
-        fan_in_fan_out=all(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
-        init_lora_weights=not plan.options.has_start,
-        base_model_name_or_path=getattr(model, "name_or_path", None),
-    )
 
 
 def plain_lora(
@@ -241,9 +230,10 @@ def plain_lora(
     now = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=TRAINED)
     start = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=INITIAL)
     state = {}
+    experts = parameters.experts_of_keys(model)
     for key, tensor in now.items():
         if ".lora_A." in key:
-            state[key] = torch.cat([tensor, start[key]], dim=0).contiguous()
+            state[key] = parameters.joined(tensor, start[key], experts.get(key.rpartition(".lora_")[0], 1))
         elif ".lora_B." in key:
             state[key] = torch.cat([tensor, -start[key]], dim=1).contiguous()
         else:
@@ -251,9 +241,9 @@ def plain_lora(
     config = copy.deepcopy(model.peft_config[TRAINED])
     growth = 2**0.5 if config.use_rslora else 2
     config.r *= 2
-    config.lora_alpha = _whole(config.lora_alpha * growth)
+    config.lora_alpha = whole(config.lora_alpha * growth)
     config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {key: _whole(alpha * growth) for key, alpha in config.alpha_pattern.items()}
+    config.alpha_pattern = {key: whole(alpha * growth) for key, alpha in config.alpha_pattern.items()}
     config.init_lora_weights = True
     config.inference_mode = True
     return config, state
@@ -267,39 +257,29 @@ def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
     """
     start = get_peft_model_state_dict(model, adapter_name=INITIAL)
     own = model.state_dict()
-    for key, initial in start.items():
+    experts = parameters.experts_of_keys(model)
+    for key, initial in ((key, tensor) for key, tensor in start.items() if ".lora_" in key):
         is_A = ".lora_A." in key
         tensor = saved.get(key)
         r = initial.shape[0 if is_A else 1]
         if tensor is None or tensor.shape[0 if is_A else 1] != 2 * r:
             raise AdapterError("the checkpoint does not fit the plan", where=f"{where}, {key}", fix="train anew")
-        trained, frozen = torch.split(tensor, r, dim=0 if is_A else 1)
+        if is_A:
+            trained, frozen = parameters.halves(tensor, experts.get(key.rpartition(".lora_")[0], 1))
+        else:
+            trained, frozen = tensor.chunk(2, dim=1)
         if not torch.equal(frozen.to(initial), initial if is_A else -initial):
             raise AdapterError("the checkpoint starts from other factors", where=f"{where}, {key}", fix="train anew")
         target = own[key.replace(".weight", f".{TRAINED}.weight")]
         target.copy_(trained.to(target))
+    others = {key: tensor for key, tensor in saved.items() if ".lora_" not in key}
+    if others:
+        set_peft_model_state_dict(model, others, adapter_name=TRAINED)
 
 
 def relative_difference(now: Tensor, reference: Tensor) -> float:
     """max |now - reference| / max |reference|, for logits of equal shape."""
     return float((now.float() - reference.float()).abs().max() / reference.float().abs().max())
-
-
-def target_names(model: nn.Module, names: Sequence[str]) -> list[str] | str:
-    """The shortest target_modules by which PEFT matches these layers of the model and no others."""
-    wanted = set(names)
-    everything = [name for name, module in model.named_modules() if name]
-    for candidate in (sorted({name.rpartition(".")[2] for name in names}), sorted(wanted)):
-        matched = {n for n in everything if any(n == c or n.endswith("." + c) for c in candidate)}
-        if matched == wanted:
-            return candidate
-    return "|".join(re.escape(name) for name in sorted(wanted))
-
-
-def exact_key(model: nn.Module, name: str) -> str:
-    """The key by which PEFT's patterns match the layer of this name and no other."""
-    clash = any(other.endswith("." + name) for other, _ in model.named_modules())
-    return f"^{re.escape(name)}" if clash else name
 
 
 @functools.cache
@@ -308,32 +288,18 @@ def _exact(cls: type[PeftModel], frozen_a: bool) -> type[PeftModel]:
     return type(f"Corda{cls.__name__}", mixed, {"__doc__": cls.__doc__})
 
 
-def _task_type(model: nn.Module) -> str:
-    name = type(model).__name__
-    if name.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
-    if name.endswith("ForTokenClassification"):
-        return "TOKEN_CLS"
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    can_generate = getattr(model, "can_generate", None)
-    return "CAUSAL_LM" if callable(can_generate) and can_generate() else "FEATURE_EXTRACTION"
-
-
-def _whole(value: float) -> float:
-    return int(value) if float(value).is_integer() else value
-
-
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already", got=type(model).__name__, expected="the base model")
-    known = _modules(model, [layer.name for layer in plan.layers])
     for layer in plan.layers:
-        module = known.get(layer.name)
-        if module is None:
-            raise AdapterError("a layer of the plan is not in the model", where=layer.name, fix="plan for this model")
-        shape = (module.out_features, module.in_features) if is_4bit(module) else _shape(module, layer)
+        try:
+            found = spec_of(model, layer.name)
+        except TargetError:
+            where = layer.name
+            raise AdapterError(
+                "a layer of the plan is not in the model", where=where, fix="plan for this model"
+            ) from None
+        shape = (found.d_out, found.d_in)
         if shape != (layer.d_out, layer.d_in):
             raise AdapterError(
                 "a layer of the plan has another shape in the model",
@@ -342,12 +308,10 @@ def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
                 expected=(layer.d_out, layer.d_in),
                 fix="plan for this model",
             )
-
-
-def _shape(module: Any, layer: LayerPlan) -> tuple[int, ...]:
-    return tuple(module.weight.T.shape if layer.kind == "conv1d" else module.weight.shape)
-
-
-def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
-    wanted = set(names)
-    return {name: module for name, module in model.named_modules() if name in wanted}
+        if plan.options.lora_dropout and layer.kind in {"expert", "expert_t"}:
+            raise AdapterError(
+                "PEFT has no dropout in adapters of stacked experts",
+                where=layer.name,
+                got=f"lora_dropout {plan.options.lora_dropout}",
+                fix="set adapter.lora_dropout: 0, or leave the experts out of target_modules",
+            )

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from corda.context.store import Context
 from corda.forms import INITIAL, TRAINED
 from corda.metric import full_precision
+from corda.parameters import expert_views
 from corda.recipe import TrainingOptions
 from corda.sharding import whole
 from corda.targets import LayerSpec
@@ -185,6 +186,7 @@ class _Side:
         self.context, self.norms = yard.context, yard.norms
         known = {name: module for name, module in model.base_model.model.named_modules() if name in yard.norms}
         self.layers: dict[str, Any] = {name: m for name, m in known.items() if TRAINED in getattr(m, "lora_A", {})}
+        self.layers |= {name: view for name, view in expert_views(model).items() if name in yard.norms}
         size = sum(4 * members[0].d_in ** 2 for members in self.context.members().values())
         self._kept: dict[str, Tensor] | None = {} if size <= _IN_MEMORY else None
         self._inner: dict[str, Tensor] = {}  # A C Aᵀ of frozen A

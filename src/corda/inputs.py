@@ -205,6 +205,26 @@ class Inputs:
                     fix="raise it",
                 )
 
+    def _check_experts(self) -> None:
+        """Refuse what stacked experts do not allow.
+
+        Raises:
+            RecipeError: names the option and what to set it to.
+        """
+        r, stacked = self.recipe, [t.name for t in self.targets if t.stored[1] is not None]
+        for key, got in (
+            ("adapter.lora_dropout", r.adapter.lora_dropout),
+            ("context.offload", r.context.offload),
+            ("model.load_in_4bit", self.quantisation is not None),
+        ):
+            if stacked and got:
+                raise RecipeError(
+                    f"{key} is not possible with adapters on stacked experts",
+                    where=f"{key}, {stacked[0]} and {len(stacked) - 1} more",
+                    got=got,
+                    fix=f"set {key}: {'false' if got is True else 0}, or name other layers in adapter.target_modules",
+                )
+
     def check(self) -> dict[str, Any]:
         """Everything that can be found wrong before a weight is loaded.
 
@@ -212,6 +232,7 @@ class Inputs:
             CordaError: whatever is wrong with model, data, targets, rank or export.
         """
         targets = self.targets
+        self._check_experts()
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
         if self.quantisation is not None:
             quantization.require()

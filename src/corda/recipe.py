@@ -144,6 +144,7 @@ class AdapterOptions(Strict):
     base: Base | None = Field(
         None, description="intact: W stays; residual: W - BA replaces it; default: intact, residual for a 4-bit model"
     )
+    expert_prior: float | None = Field(None, gt=0, description="k of an expert's (T C + k C_pool) / (T + k); or d_in")
     correction: Correction | None = Field(
         None,
         description="of the error of 4 bits, by the data: fit: refit adapter; frozen: a frozen part beside it; none; "
@@ -151,9 +152,7 @@ class AdapterOptions(Strict):
     )
     correction_rank: PositiveInt | None = Field(None, description="of the frozen part; default: rank")
     correction_rounds: PositiveInt = Field(1, description="of quantising and refitting")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear (all but the output head), names, or a regular expression"
-    )
+    target_modules: str | list[str] = Field("all-linear", description="all-linear, names, or a regular expression")
     towers: list[Tower] | None = Field(
         None,
         description="of a vision-language model, where target_modules looks: language, vision, projector; "

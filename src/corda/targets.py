@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from corda import experts
+from corda.architectures import heads
 from corda.errors import TargetError
 from corda.recipe import Tower
-from corda.sharding import stored_weight
+from corda.sharding import stored_weight, whole
 from corda.towers import tower_of, towers
 
-Kind = Literal["linear", "conv1d"]
+Kind = Literal["linear", "conv1d", "expert", "expert_t"]
+_NUMBERED = re.compile(r"(.*\.experts)\.(?:expert_)?(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class LayerSpec:
     """One adaptable layer.
 
     Attributes:
-        name: Full dotted name in the model.
-        kind: "linear" (weight is (d_out, d_in)) or "conv1d" (transformers' Conv1D, weight is (d_in, d_out)).
+        name: Full dotted name in the model; for an expert of a stacked parameter, the parameter's name and its number.
+        kind: "linear" (weight is (d_out, d_in)), "conv1d" (transformers' Conv1D, weight is (d_in, d_out)), "expert" or
+            "expert_t": one of the matrices (d_out, d_in) or (d_in, d_out) of a stacked parameter.
         d_out: Output features.
         d_in: Input features.
     """
@@ -42,23 +46,66 @@ class LayerSpec:
         """min(d_out, d_in)."""
         return min(self.d_out, self.d_in)
 
+    @property
+    def stored(self) -> tuple[str, int | None]:
+        """Full name of the parameter that holds the weight, and which of its matrices it is."""
+        return stored_as(self.name, self.kind)
+
+    @property
+    def pool(self) -> str | None:
+        """What the experts of one projection share, or None for a layer that every token reaches."""
+        name, expert = self.stored
+        if expert is not None:
+            return name
+        numbered = _NUMBERED.fullmatch(self.name)
+        return f"{numbered[1]}.*.{numbered[3]}" if numbered else None
+
     def as_json(self) -> dict[str, Any]:
         """Plain dict."""
         return asdict(self)
 
 
+def stored_as(name: str, kind: str) -> tuple[str, int | None]:
+    """See `LayerSpec.stored`."""
+    if kind not in {"expert", "expert_t"}:
+        return f"{name}.weight", None
+    parameter, _, expert = name.rpartition(".")
+    return parameter, int(expert)
+
+
 def adaptable_layers(model: nn.Module) -> list[LayerSpec]:
-    """Every nn.Linear and Conv1D in module order, the output head among them.
+    """Every nn.Linear, Conv1D and stacked expert in module order, the output head among them.
 
     The inner projection of nn.MultiheadAttention is none: it is never called, only its weight is read.
     """
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            found.append(LayerSpec(name, "conv1d", module.weight.shape[1], module.weight.shape[0]))
-        elif isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
-            found.append(LayerSpec(name, "linear", module.out_features, module.in_features))
-    return found
+    return [layer for name, module in model.named_modules() for layer in _layers_of(module, name)]
+
+
+def _layers_of(module: nn.Module | None, name: str) -> list[LayerSpec]:
+    """What a module is, or holds as stacked parameters."""
+    if module is None or isinstance(module, NonDynamicallyQuantizableLinear):
+        return []
+    if isinstance(module, Conv1D):
+        return [LayerSpec(name, "conv1d", module.weight.shape[1], module.weight.shape[0])]
+    if isinstance(module, nn.Linear):
+        return [LayerSpec(name, "linear", module.out_features, module.in_features)]
+    return [
+        LayerSpec(
+            f"{name}.{stack.parameter}.{e}", "expert_t" if stack.transposed else "expert", stack.d_out, stack.d_in
+        )
+        for stack in experts.stacks(module)
+        for e in range(stack.experts)
+    ]
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, without PEFT's wrappers."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    unwrap: Any = getattr(module, "get_base_layer", None)
+    return unwrap() if callable(unwrap) else module
 
 
 def find_targets(
@@ -70,19 +117,26 @@ def find_targets(
 
     Args:
         model: Any transformers model, before or without PEFT.
-        target_modules: "all-linear" (all but the output head); a list of names, where "q_proj" matches every layer
-            whose dotted name ends in it; or one regular expression that has to match the full dotted name.
+        target_modules: "all-linear" (all but the output head, routers and gates of one output); a list of names, where
+            "q_proj" matches every layer, or all experts of a stacked parameter, whose dotted name ends in it; or one
+            regular expression that has to match the full dotted name.
         where: Towers of a vision-language model that are looked at; default: the language model.
 
     Raises:
-        TargetError: nothing matched, or one name of the list matched nothing; lists what there is.
+        TargetError: nothing matched, or one name of the list matched nothing; lists what there is. Or all-linear in a
+            model whose experts are stacked in an unknown form. Or the model is compiled.
     """
+    _refuse_compiled(model)
     layers = _of_towers(model, adaptable_layers(model), where)
     if not layers:
         raise TargetError("the model has no linear layer to adapt", where=type(model).__name__)
     if target_modules == "all-linear":
+        experts.refuse_unknown(model)
         head = output_head(model)
-        chosen = [layer for layer in layers if layer.name != head]
+        apart = {head, *heads(model)}
+        chosen = [
+            layer for layer in layers if layer.d_out > 1 and not apart & {layer.name, layer.name.partition(".")[0]}
+        ]
     elif isinstance(target_modules, str):
         try:
             pattern = re.compile(target_modules)
@@ -92,12 +146,12 @@ def find_targets(
             ) from None
         chosen = [layer for layer in layers if pattern.fullmatch(layer.name) or layer.name == target_modules]
         if not chosen:
-            chosen = [layer for layer in layers if _ends_in(layer.name, target_modules)]
+            chosen = [layer for layer in layers if _named(layer, target_modules)]
     else:
-        unmatched = [t for t in target_modules if not any(_ends_in(layer.name, t) for layer in layers)]
+        unmatched = [t for t in target_modules if not any(_named(layer, t) for layer in layers)]
         if unmatched:
             raise _nothing_matched(layers, unmatched)
-        chosen = [layer for layer in layers if any(_ends_in(layer.name, t) for t in target_modules)]
+        chosen = [layer for layer in layers if any(_named(layer, t) for t in target_modules)]
     if not chosen:
         raise _nothing_matched(layers, [str(target_modules)])
     return chosen
@@ -127,11 +181,42 @@ def _of_towers(model: nn.Module, layers: list[LayerSpec], where: Sequence[Tower]
     return chosen
 
 
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise TargetError(
+                "the layers of a compiled model cannot be watched",
+                where=name or type(model).__name__,
+                fix="collect and attach first, and compile what attach returns",
+            )
+
+
 def output_head(model: nn.Module) -> str | None:
     """Dotted name of the output embeddings, or None for a model without a head."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def spec_of(model: nn.Module, name: str) -> LayerSpec:
+    """The layer of that full name, bare or wrapped by PEFT.
+
+    Raises:
+        TargetError: there is none.
+    """
+    known = _layers_of(_module(model, name), name)
+    if not known:
+        owner = name.rpartition(".")[0].rpartition(".")[0]
+        known = _layers_of(_module(model, owner), owner)
+    found = next((layer for layer in known if layer.name == name), None)
+    if found is None:
+        raise TargetError("there is no such layer in the model", where=name)
+    return found
+
+
+def weight_view(model: nn.Module, layer: LayerSpec) -> Tensor:
+    """The stored weight as (d_out, d_in) in its own dtype, sharing its memory, detached."""
+    return _oriented(model.get_parameter(layer.stored[0]), layer)
 
 
 def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) -> Tensor:
@@ -143,16 +228,28 @@ def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) 
         weight: The stored parameter, where the model itself has none. One that is sharded by FSDP2 is gathered: all
             processes then have to ask for the same layer.
     """
-    stored = (stored_weight(model.get_submodule(layer.name)) if weight is None else weight).detach()
-    return (stored.T if layer.kind == "conv1d" else stored).to(torch.float32)
+    if weight is None and layer.stored[1] is None:
+        weight = stored_weight(model.get_submodule(layer.name))
+    elif weight is None:
+        weight = whole(model.get_parameter(layer.stored[0]).detach())
+    return _oriented(weight, layer).to(torch.float32)
 
 
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def _oriented(stored: Tensor, layer: LayerSpec) -> Tensor:
+    expert = layer.stored[1]
+    if expert is not None:
+        return experts.one_of(stored.detach(), expert, layer.kind == "expert_t")
+    return stored.detach().T if layer.kind == "conv1d" else stored.detach()
+
+
+def _named(layer: LayerSpec, target: str) -> bool:
+    name, expert = layer.stored
+    names = [layer.name, name] if expert is not None else [layer.name]
+    return any(each == target or each.endswith("." + target) for each in names)
 
 
 def _nothing_matched(layers: Sequence[LayerSpec], unmatched: Sequence[str]) -> TargetError:
-    endings = sorted({layer.name.rpartition(".")[2] for layer in layers})
+    endings = sorted({layer.stored[0].removesuffix(".weight").rpartition(".")[2] for layer in layers})
     near = [m for t in unmatched for m in difflib.get_close_matches(t.rpartition(".")[2], endings, n=1, cutoff=0.5)]
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return TargetError(

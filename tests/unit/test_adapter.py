@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from corda import adapter
+from corda import lora_config
 from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError, PlanError
@@ -299,8 +299,8 @@ def test_a_plan_of_another_model_is_refused(model, context, pico):
 
 
 def test_target_names_collapse_only_where_they_match_exactly(model):
-    assert adapter.target_names(model, [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]) == ["up_proj"]
-    assert adapter.target_names(model, ["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+    assert lora_config.target_names(model, [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]) == ["up_proj"]
+    assert lora_config.target_names(model, ["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
 
 
 def test_balance_changes_the_split_and_not_the_product(model, context):

@@ -8,7 +8,8 @@ import torch
 from corda.context import collect as collecting
 from corda.context import store
 from corda.context.accumulator import Accumulator, pack_upper, unpack_upper
-from corda.context.collect import collect, collect_encoded, model_inputs
+from corda.context.collect import collect, collect_encoded
+from corda.context.feeding import model_inputs
 from corda.data.batches import Encoded, batches, encode, pack
 from corda.data.formats import to_records
 from corda.errors import CalibrationError, DataError, TargetError

@@ -303,7 +303,7 @@ def made_up(specs):
 
 def test_short_names_that_collide_get_their_own_rank():
     """A tree as in vision-language models, where one tower's layer name is the end of another's."""
-    from corda.adapter import lora_config
+    from corda.lora_config import lora_config
     from corda.plan.plan import LayerPlan, Plan
     from corda.recipe import AdapterOptions
 

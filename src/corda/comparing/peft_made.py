@@ -14,10 +14,10 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from corda.adapter import target_names
 from corda.data.batches import Encoded, calibration_rounds, encode, pad_id
 from corda.errors import ModelError
 from corda.inputs import Inputs
+from corda.lora_config import target_names
 from corda.plan.make import uniform_rank
 from corda.quantization import is_4bit
 

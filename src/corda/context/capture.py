@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corda import experts
 from corda.context.accumulator import Accumulator, pack_upper
 from corda.distributed import ALONE, Processes
 from corda.errors import CalibrationError
@@ -116,10 +117,29 @@ class Capture:
         if group != name:
             return
         self._last, self._last_group = x, name
+        self._accumulate(name, self._counted(name, x))
+
+    def see_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the inputs of the experts of `name`, a module of stacked parameters, each from the tokens routed to it.
+
+        Raises:
+            CalibrationError: it is not called with hidden states and chosen experts of the batch's shape.
+        """
+        hidden, index = experts.routed(module, args, kwargs, name)
+        counts = self._mask(name, hidden)
+        for stack in experts.stacks(module):
+            wanted = f"{name}.{stack.parameter}"
+            for expert, x in experts.by_expert(hidden, index, counts, stack.experts):
+                layer = f"{wanted}.{expert}"
+                if layer in self.layers:
+                    self.groups.setdefault(layer, layer)
+                    self._accumulate(layer, experts.between(module, expert, x) if stack.last else x)
+
+    def _accumulate(self, name: str, x: Tensor) -> None:
         accumulator = self.accumulators.get(name)
         if accumulator is None:
             accumulator = self.accumulators[name] = Accumulator(self.layers[name].d_in, x.device)
-        accumulator.add(self._counted(name, x))
+        accumulator.add(x)
 
     def check_finite(self) -> None:
         """Raise if any sum is not finite.
@@ -175,22 +195,34 @@ class Capture:
             )
 
     def _counted(self, name: str, x: Tensor) -> Tensor:
+        flat = x.detach().reshape(-1, x.shape[-1])
+        mask = self._mask(name, flat)
+        return flat if mask is None else flat[mask]
+
+    def _mask(self, name: str, flat: Tensor) -> Tensor | None:
+        """(tokens,) bool of the rows of `flat` (tokens, d) that count; None for all of them."""
         if not self._counts:
             raise CalibrationError("a forward pass outside of a batch", where=name)
         counts = self.counts
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if counts is None:
-            return flat
+        if counts is None or (self._is_routed(name) and bool(counts.all())):
+            return None
+        if flat.shape[0] == counts.shape[0] != counts.numel():
+            counts = counts.any(dim=1)  # a pooler sees one place of each record
         if flat.shape[0] != counts.numel():
             raise CalibrationError(
                 "cannot tell which of a layer's inputs are tokens",
                 where=name,
-                got=f"input of shape {tuple(x.shape)}",
-                expected=f"leading shape {tuple(counts.shape)}",
+                got=f"{flat.shape[0]} inputs",
+                expected=f"one for each position of a batch of shape {tuple(counts.shape)}",
                 fix="leave the layer out of target_modules",
             )
         mask = counts.reshape(-1).to(flat.device)
-        return flat if bool(mask.all()) else flat[mask]
+        return None if bool(mask.all()) else mask
+
+    def _is_routed(self, name: str) -> bool:
+        """Whether the layer is an expert of its own, which is handed the tokens routed to it and no others."""
+        layer = self.layers.get(name)
+        return layer is not None and layer.pool is not None
 
 
 def _refuse(bad: Sequence[str]) -> None:
@@ -215,8 +247,21 @@ def hooked(model: nn.Module, capture: Capture) -> Iterator[nn.Module]:
 
         return hook
 
+    def experts_hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            capture.see_experts(name, module, args, kwargs)
+
+        return hook
+
     try:
-        for name in capture.layers:
+        stacked = {
+            layer.stored[0].rpartition(".")[0] for layer in capture.layers.values() if layer.stored[1] is not None
+        }
+        handles += [
+            model.get_submodule(name).register_forward_pre_hook(experts_hook_of(name), with_kwargs=True)
+            for name in sorted(stacked)
+        ]
+        for name in (layer.name for layer in capture.layers.values() if layer.stored[1] is None):
             module = model.get_submodule(name)
             handles.append(module.register_forward_pre_hook(hook_of(name), with_kwargs=True))
         model.eval()

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
+from corda.context.feeding import fed_as_two, feeder, two_sequences
 from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.context.masks import followed
+from corda.context.routing import few_tokens_of_experts, pooled_tokens, rows_a_pass
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
 from corda.context.vision import embedded, patches_counted, refuse_response_only
@@ -149,6 +151,9 @@ def collect_encoded(
     refuse_partitioned(model)
     sharded = is_sharded(model)
     processes = world() if sharded else processes
+    batch_size = rows_a_pass(layers, batch_size, response_only)
+    if two_sequences(model):
+        return _of_two_sequences(model, _as_rounds(encoded), layers, skip_unseen, len(sides))
     rounds = [
         _share(part, processes, pad_token_id, batch_size, response_only=response_only, even=sharded)
         for part in _as_rounds(encoded)
@@ -176,7 +181,7 @@ def collect_encoded(
             blocks, why = None, "the language model takes more than embeddings from the vision encoder"
     if sharded:
         with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
-            model(**model_inputs(rounds[0][-1].to(device_of(model))))
+            model(**feeder(model)(rounds[0][-1].to(device_of(model))))
     notes: list[str] = []
     if blocks is not None:
         with gathered_around(model, [block for _, block in blocks]):
@@ -186,7 +191,7 @@ def collect_encoded(
                 blocks,
                 rounds,
                 layers,
-                inputs_of=model_inputs,
+                inputs_of=feeder(model),
                 journal=journal,
                 weights=weights,
                 device=device,
@@ -256,11 +261,12 @@ def _whole(
     processes: Processes = ALONE,
 ) -> Captured:
     device = device_of(model)
+    feed = feeder(model)
 
     def run(cpu_batch: Batch) -> None:
         batch = cpu_batch.to(device)
         with capture.batch(batch.counts):
-            body(**model_inputs(batch))
+            body(**feed(batch))
 
     rest = iter(parts)
     with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
@@ -296,22 +302,31 @@ def _share(
     return own
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of a decoder body for a batch.
-
-    Packed rows go without a mask: from positions that start again, transformers makes one that keeps records (and the
-    pads behind them) apart, in the form that each layer's attention wants, windows included. A model of images and
-    text makes its own positions.
-    """
-    if batch.more is not None:
-        tokens = {} if "inputs_embeds" in batch.more else {"input_ids": batch.input_ids}
-        return tokens | {"attention_mask": batch.attention_mask, "use_cache": False, **batch.more}
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": None if batch.packed else batch.attention_mask,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
+def _of_two_sequences(
+    model: PreTrainedModel,
+    rounds: Sequence[Sequence[Encoded]],
+    layers: Sequence[LayerSpec],
+    skip_unseen: bool,
+    sides: int,
+) -> Context:
+    """An encoder with a decoder, whole and record by record: in its cross-attention pads cannot be told from tokens."""
+    if sides:
+        raise CalibrationError(
+            "two contexts of a model with an encoder and a decoder are not collected together",
+            where="adapter.mode",
+            fix="use mode kpm or ipm",
+        )
+    body, found = _body(model, layers), []
+    device, start = device_of(model), int(model.config.decoder_start_token_id or 0)
+    for r, records in enumerate(rounds):
+        capture = Capture(layers)
+        with hooked(model, capture), capture.batch(None):
+            for fed in fed_as_two(records, start):
+                body(**{name: ids.to(device) for name, ids in fed.items()})
+                capture.check_finite()
+        found.append(capture.captured(r))
+    notes = ["collected whole and record by record: an encoder with a decoder"]
+    return _finish(found, layers, skip_unseen, notes, len(rounds))
 
 
 def _as_rounds(encoded: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> list[list[Encoded]]:
@@ -323,7 +338,8 @@ def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
     """The model without its head where no target lies outside of it: logits are never needed."""
     body: nn.Module = model.base_model
     inside = {id(module) for module in body.modules()}
-    return body if all(id(model.get_submodule(layer.name)) in inside for layer in layers) else model
+    places = (model.get_submodule(layer.stored[0].rpartition(".")[0]) for layer in layers)
+    return body if all(id(module) in inside for module in places) else model
 
 
 def _finish(
@@ -337,10 +353,14 @@ def _finish(
     needed = [*range(rounds), *(rounds + i for i, side in enumerate(sides) if side != HELD_OUT)]
     tokens = {group: t for part in found for group, t in part.tokens.items()}
     groups = {layer: group for part in found for layer, group in part.groups.items()}
+    groups |= {layer.name: layer.name for layer in layers if layer.pool is not None and layer.name not in groups}
+    pools = pooled_tokens(layers, groups, tokens, needed)
     unseen = [
         layer.name
         for layer in layers
-        if layer.name not in groups or any(candidate(groups[layer.name], r) not in tokens for r in needed)
+        if (layer.pool is not None and not pools[layer.pool])
+        or layer.name not in groups
+        or (layer.pool is None and any(candidate(groups[layer.name], r) not in tokens for r in needed))
     ]
     if unseen and not skip_unseen:
         raise CalibrationError(
@@ -354,10 +374,12 @@ def _finish(
     if not seen:
         raise CalibrationError("no target layer saw a token", fix="check the calibration data")
     warnings = [*notes, *(f"left out, no token seen: {name}" for name in unseen)]
-    widest = max(seen, key=lambda layer: layer.d_in)
-    widest_groups = {groups[layer.name] for layer in seen if layer.d_in == widest.d_in}
-    fewest = min(tokens[candidate(group, r)] for group in widest_groups for r in needed)
-    if fewest < 2 * widest.d_in:
+    warnings += few_tokens_of_experts(seen, groups, tokens, needed)
+    shared = [layer for layer in seen if layer.pool is None]
+    widest = max(shared or seen, key=lambda layer: layer.d_in)
+    widest_groups = {groups[layer.name] for layer in shared if layer.d_in == widest.d_in}
+    fewest = min((tokens[candidate(group, r)] for group in widest_groups for r in needed), default=None)
+    if fewest is not None and fewest < 2 * widest.d_in:
         warnings.append(
             f"few calibration tokens: {fewest} for {widest.name} with {widest.d_in} inputs, whose covariance has rank "
             f"{min(fewest, widest.d_in)} at most; {8 * widest.d_in} would do"

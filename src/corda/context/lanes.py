@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corda.context.capture import Capture
 from corda.targets import LayerSpec
@@ -125,6 +125,12 @@ class Lanes(Capture):
         """Take an input in the lane of this thread; see `Capture.see`."""
         mine = self._mine()
         super().see(name, x) if mine is self else mine.see(name, x)
+
+    def see_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the inputs of experts in the lane of this thread; see `Capture.see_experts`."""
+        mine = self._mine()
+        see = super().see_experts if mine is self else mine.see_experts
+        see(name, module, args, kwargs)
 
     def _mine(self) -> Capture:
         lane = self._threads.lane

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,60 @@ class Context:
             layer: Full name.
             round_: Which candidate; None for all of them pooled.
 
+        An expert that no token was routed to has C = 0; see `pooled`.
+
         Raises:
             ArtifactError: the layer was not collected.
         """
-        group = self.groups.get(layer)
-        spec = next((s for s in self.layers if s.name == layer), None)
-        if group is None or spec is None:
+        spec = self._specs.get(layer)
+        if spec is None or layer not in self.groups:
             raise ArtifactError("the context has no covariance for a layer", where=layer, fix="collect again")
-        if round_ is not None:
-            return unpack_upper(self.packed[candidate(group, round_)], spec.d_in)
-        total = self.token_count(layer, None)
-        shares = [self.tokens[candidate(group, r)] / total for r in range(self.rounds)]
-        pooled = torch.zeros(())
-        for r, share in enumerate(shares):
-            pooled = pooled + share * self.packed[candidate(group, r)]
-        return unpack_upper(pooled, spec.d_in)
+        return self._mean([layer], spec.d_in, round_)
+
+    def pooled(self, pool: str, round_: int | None = 0) -> Tensor:
+        """C over the tokens of all collected experts of one projection, (d_in, d_in) fp32.
+
+        For experts that see what the router sees, and all of which were collected, it is the covariance of the shared
+        input, because every token goes to the same number of experts.
+        """
+        return self._pooled(pool, round_)
 
     def token_count(self, layer: str, round_: int | None = 0) -> int:
         """Tokens behind a layer's candidate, or behind all of them together."""
-        wanted = range(self.rounds) if round_ is None else [round_]
-        return sum(self.tokens[candidate(self.groups[layer], r)] for r in wanted)
+        return sum(self.tokens.get(key, 0) for key in self._candidates(layer, round_))
+
+    def spec(self, layer: str) -> LayerSpec:
+        """The layer of that name."""
+        return self._specs[layer]
+
+    @cached_property
+    def _pooled(self) -> Callable[[str, int | None], Tensor]:
+        """The last few are kept: experts of one projection ask for the same one after the other."""
+
+        @lru_cache(maxsize=4)
+        def pooled(pool: str, round_: int | None) -> Tensor:
+            members = [layer for layer in self.layers if layer.pool == pool]
+            return self._mean([layer.name for layer in members], members[0].d_in, round_)
+
+        return pooled
+
+    @cached_property
+    def _specs(self) -> dict[str, LayerSpec]:
+        return {layer.name: layer for layer in self.layers}
+
+    def _candidates(self, layer: str, round_: int | None) -> list[str]:
+        return [candidate(self.groups[layer], r) for r in (range(self.rounds) if round_ is None else [round_])]
+
+    def _mean(self, layers: Sequence[str], width: int, round_: int | None) -> Tensor:
+        """Σ T C / Σ T over the candidates of some layers, those without tokens left out."""
+        keys = [key for layer in layers for key in self._candidates(layer, round_) if self.tokens.get(key, 0)]
+        if len(keys) == 1:
+            return unpack_upper(self.packed[keys[0]], width)
+        total = sum(self.tokens[key] for key in keys)
+        mean = torch.zeros(())
+        for key in keys:
+            mean = mean + self.tokens[key] / total * self.packed[key]
+        return unpack_upper(mean, width) if keys else torch.zeros(width, width)
 
     def side(self, name: str) -> Context:
         """Another source's covariances, collected in the same run, as a context of its own; read when asked for.
@@ -91,7 +126,7 @@ class Context:
                 got=", ".join(dict.fromkeys(self.sides)) or "one source",
                 fix="collect again, with both data.learn and data.keep",
             )
-        layers = tuple(layer for layer in self.layers if self.groups[layer.name] in names)
+        layers = tuple(layer for layer in self.layers if layer.pool is not None or self.groups[layer.name] in names)
         of = {layer.name: self.groups[layer.name] for layer in layers}
         tokens = {new: self.tokens[old] for new, old in names.items()}
         return Context(layers, of, tokens, _Renamed(self.packed, names), (), len(own))

@@ -17,6 +17,7 @@ from corda.errors import CheckError, ModelError
 from corda.exporting.update import Factors
 from corda.models import keep_exact
 from corda.sharding import device_of
+from corda.targets import spec_of, weight_view
 
 # Largest max |reloaded - live| / max |live| for a base in fp32, where only the order of sums changes.
 EXACT = 1e-5
@@ -29,9 +30,10 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
-    """Logits on the probe, (B, L, V) fp32, on the CPU."""
+    """Logits on the probe, (B, L, V) or a classifier's (B, classes), fp32, on the CPU; without a head hidden states."""
     device = device_of(model)
-    logits = model(**{name: value.to(device) for name, value in probe.items()}).logits
+    out = model(**{name: value.to(device) for name, value in probe.items()})
+    logits = out.logits if hasattr(out, "logits") else out.last_hidden_state
     assert isinstance(logits, Tensor)
     return logits.float().cpu()
 
@@ -40,7 +42,9 @@ def spread_probe(model: nn.Module) -> dict[str, Tensor]:
     """2 x 32 token ids spread evenly over the vocabulary."""
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.linspace(0, embeddings.weight.shape[0] - 1, 64).long().reshape(2, 32)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return probe | {"decoder_input_ids": ids.flip(1)} if two else probe
 
 
 def allowed(base: PreTrainedModel, names: Iterable[str], probe: Mapping[str, Tensor]) -> float:
@@ -65,7 +69,8 @@ def allowed(base: PreTrainedModel, names: Iterable[str], probe: Mapping[str, Ten
         return (out.float() * (1 + unit * noise.to(out.device))).to(out.dtype)
 
     exact = probe_logits(base, probe)
-    with _hooked(base, dict.fromkeys(names, hook)):
+    modules = dict.fromkeys(spec_of(base, name).stored[0].rpartition(".")[0] for name in names)
+    with _hooked(base, dict.fromkeys(modules, hook)):
         return max(unit, ROUNDINGS * relative_difference(probe_logits(base, probe), exact))
 
 
@@ -101,7 +106,10 @@ def largest_difference(one: nn.Module, other: nn.Module, records: Sequence[Mappi
 
 @contextmanager
 def added(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Inside, each named layer's output is increased by B A x, computed in fp32; independent of PEFT."""
+    """Inside, each named layer's output is increased by B A x, computed in fp32; independent of PEFT.
+
+    B A of an expert of a stacked parameter is added to its weight instead, and taken out again with its very bits.
+    """
 
     def hook(pair: Factors) -> Hook:
         def add(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -111,8 +119,19 @@ def added(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
 
         return add
 
-    with _hooked(model, {name: hook(pair) for name, pair in factors.items()}):
-        yield
+    specs = {name: spec_of(model, name) for name in factors}
+    layers = {name: hook(factors[name]) for name, spec in specs.items() if spec.stored[1] is None}
+    views = {name: weight_view(model, spec) for name, spec in specs.items() if name not in layers}
+    before = {name: view.clone() for name, view in views.items()}
+    try:
+        for name, view in views.items():
+            A, B = (factor.to(view.device) for factor in factors[name])
+            view.add_((B @ A).to(view.dtype))
+        with _hooked(model, layers):
+            yield
+    finally:
+        for name, view in views.items():
+            view.copy_(before[name])
 
 
 @contextmanager

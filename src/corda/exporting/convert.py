@@ -122,6 +122,13 @@ def read_adapter(folder: Path) -> Saved:
         ) from None
     if config is None:
         raise AdapterError("the adapter is not a LoRA", where=str(folder), got=raw.get("peft_type"), expected="LORA")
+    if config.target_parameters:
+        raise AdapterError(
+            "adapters of stacked experts that PEFT trained cannot be converted",
+            where=str(folder),
+            got=f"target_parameters {', '.join(sorted(config.target_parameters)[:3])}",
+            expected="lora_A and lora_B of linear layers",
+        )
     names = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in state}
     wanted = {f"{_PREFIX}{name}.lora_{part}.weight" for name in names for part in "AB"}
     if wanted != set(state) or config.use_dora:

@@ -25,6 +25,7 @@ from corda.exporting.check import (
 from corda.exporting.kept import confirm_kept, update_kept
 from corda.exporting.update import Compression, Factors, Update, approximate
 from corda.exporting.write import layer_of, shift_weights, write_lora, write_model
+from corda.heads import set_heads, with_heads
 from corda.options import ExportOptions
 
 BESIDE = "adapter"  # folder of the adapter inside a residual base's folder
@@ -108,12 +109,15 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
     tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     factors, compression = update.added, None
     trained = probe_logits(work.live, work.probe)
-    expected = with_update(fresh, factors, work.probe) if work.requantised else trained
+    with with_heads(fresh, update.heads):
+        expected = with_update(fresh, factors, work.probe) if work.requantised else trained
     if options.rank is not None:
-        with added(fresh, factors):  # that they are right is checked before anything is left out of them
+        # That they are right is checked before anything is left out of them.
+        with with_heads(fresh, update.heads), added(fresh, factors):
             confirm(probe_logits(fresh, work.probe), expected, tolerance, folder)
         factors, compression = approximate(factors, options.rank)
-        expected = with_update(fresh, factors, work.probe)
+        with with_heads(fresh, update.heads):
+            expected = with_update(fresh, factors, work.probe)
     rank = write_lora(
         temporary,
         factors,
@@ -122,6 +126,7 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
         base=update.base,
         revision=update.revision,
         task_type=update.task_type,
+        heads=update.heads,
     )
     reloaded = PeftModel.from_pretrained(fresh, str(temporary)).eval()
     left = 1 if compression is None else 1 - compression.lost_energy
@@ -151,6 +156,7 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
         layout=options.layout,
         base=str(folder.resolve()),
         task_type=update.task_type,
+        heads=update.heads,
     )
     reloaded = PeftModel.from_pretrained(base, str(temporary / BESIDE)).eval()
     done = _compared(reloaded, probe_logits(work.live, work.probe), work, folder, options.format, dtype, tolerance)
@@ -162,6 +168,7 @@ def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) ->
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     shift_weights(fresh, update.added)
+    set_heads(fresh, update.heads)
     artifact.need_disk(folder, size_of(fresh))
     write_model(temporary, fresh, work.tokenizer, options.max_shard_size)
     load = reloader(fresh, update.task_type)

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from corda import parameters
 from corda.errors import CheckError
 from corda.exporting.update import Factors
 from corda.exporting.write import layer_of
 from corda.forms import INITIAL, Difference
+from corda.targets import LayerSpec, spec_of, weight_of
 
 # What a form that is exact but for its own arithmetic may be off by, and what rounded weights may lose at most.
 _EXACT, _MOST = 0.01, 0.5
@@ -103,7 +105,15 @@ def effective_weight(model: nn.Module, name: str, *, adapted: bool = True) -> Te
         name: The layer's full dotted name in the base.
         adapted: With what adapters add, or without.
     """
-    module: Any = layer_of(model.base_model.model if isinstance(model, PeftModel) else model, name)
+    root = model.base_model.model if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        spec = spec_of(root, name)
+        wrapper = parameters.wrappers(model).get(spec.stored[0])
+        if wrapper is not None:
+            return _of_parameter(wrapper, spec, adapted)
+    elif (spec := spec_of(root, name)).stored[1] is not None:
+        return weight_of(root, spec)
+    module: Any = layer_of(root, name)
     inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if not inner.weight.is_floating_point():
         return None
@@ -115,3 +125,14 @@ def effective_weight(model: nn.Module, name: str, *, adapted: bool = True) -> Te
             if type(module.lora_variant.get(adapter)) is Difference:
                 W = W - module.get_delta_weight(INITIAL)
     return W.T if isinstance(inner, Conv1D) else W
+
+
+def _of_parameter(wrapper: ParamWrapper, spec: LayerSpec, adapted: bool) -> Tensor:
+    """`effective_weight` of a layer that is adapted as a parameter."""
+    expert = spec.stored[1]
+    stored = wrapper.get_param().detach()
+    W: Tensor = (stored if expert is None else stored[expert]).float()
+    for adapter in wrapper.active_adapters if adapted else ():
+        if adapter in wrapper.lora_A:
+            W = W + parameters.delta(wrapper, adapter, expert)
+    return W.T if spec.kind in {"conv1d", "expert_t"} else W

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor
 
-from corda import compress
+from corda import compress, parameters
 from corda.errors import RecipeError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Corrected, Difference
+from corda.heads import trained_heads
 from corda.options import ExportOptions
 from corda.quantization import is_4bit
 
@@ -42,6 +43,7 @@ class Update:
         base: Hub id or path of the original base.
         revision: Its Hub revision.
         task_type: PEFT's, e.g. "CAUSAL_LM".
+        heads: Full parameter name -> trained values, of a classifier's head.
     """
 
     added: Mapping[str, Factors]
@@ -51,6 +53,7 @@ class Update:
     base: str | None = None
     revision: str | None = None
     task_type: str | None = None
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def on_residual(self) -> dict[str, Factors]:
@@ -97,7 +100,7 @@ def read_update(model: PeftModel) -> Update:
     """The trained update of a model from `attach`, whichever form its base has."""
     trained, start, added, frozen = {}, {}, {}, {}
     for name, module in model.base_model.model.named_modules():
-        if not isinstance(module, LoraLayer) or TRAINED not in module.lora_A:
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or TRAINED not in module.lora_A:
             continue
         now = _folded(module, TRAINED)
         trained[name] = added[name] = now
@@ -110,8 +113,17 @@ def read_update(model: PeftModel) -> Update:
                 frozen[name] = correction  # of Q(W'), which an export on W leaves behind
             else:
                 added[name] = stack(added[name], correction)  # of Q(W), which stays the base
-    config = model.peft_config[TRAINED]
-    return Update(added, trained, start, frozen, config.base_model_name_or_path, config.revision, config.task_type)
+    for parameter, wrapper in parameters.wrappers(model).items():
+        first = parameters.update_of(wrapper, INITIAL) if INITIAL in wrapper.lora_A else {}
+        for expert, pair in parameters.update_of(wrapper, TRAINED).items():
+            name = parameters.layer_name(parameter, wrapper, expert)
+            trained[name] = added[name] = Factors(*pair)
+            if expert in first:
+                start[name] = Factors(*first[expert])
+                added[name] = subtract(trained[name], start[name])
+    config, whole = model.peft_config[TRAINED], trained_heads(model)
+    place = (config.base_model_name_or_path, config.revision, config.task_type)
+    return Update(added, trained, start, frozen, *place, whole)
 
 
 def has_4bit_base(model: PeftModel) -> bool:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corda import compress
-from corda.adapter import exact_key, target_names
-from corda.errors import AdapterError
+from corda import compress, parameters
+from corda.architectures import heads as heads_of
+from corda.errors import AdapterError, TargetError
 from corda.exporting.update import Factors
+from corda.lora_config import exact_key, target_names
 from corda.options import Layout
+from corda.targets import LayerSpec, spec_of, weight_view
 
 
 def write_lora(
@@ -31,6 +33,7 @@ def write_lora(
     base: str | None = None,
     revision: str | None = None,
     task_type: str | None = None,
+    heads: Mapping[str, Tensor] | None = None,
 ) -> int:
     """Write adapter_config.json and adapter_model.safetensors of a plain LoRA with scaling 1.
 
@@ -46,18 +49,25 @@ def write_lora(
         base: What base_model_name_or_path says.
         revision: Its revision.
         task_type: PEFT's.
+        heads: Full parameter name -> trained values, of modules that are saved whole.
 
     Returns:
         The largest rank.
     """
-    ranks = {name: pair.A.shape[0] for name, pair in factors.items()}
+    as_parameters = parameters.pattern_of(model, factors)
+    ranks: dict[str, int] = {}
+    for name, pair in factors.items():
+        key = as_parameters.get(name, name)
+        ranks[key] = max(pair.A.shape[0], ranks.get(key, 0))
+    modules = [name for name in factors if name not in as_parameters]
+    targeted = list(dict.fromkeys(as_parameters.values()))
     largest = max(ranks.values())
     r = largest if layout == "uniform" else Counter(ranks.values()).most_common(1)[0][0]
-    targets = target_names(model, list(ranks))
+    targets = target_names(model, modules)
     others: dict[str, int] = {}
     if layout == "uniform":
         factors = {name: Factors(*compress.pad(*pair, largest)) for name, pair in factors.items()}
-        targets = targets if isinstance(targets, list) else sorted(ranks)
+        targets = targets if isinstance(targets, list) else sorted(modules)
     else:
         others = {exact_key(model, name): rank for name, rank in ranks.items() if rank != r}
     config = LoraConfig(
@@ -65,21 +75,33 @@ def write_lora(
         r=r,
         lora_alpha=r,
         target_modules=targets,
+        target_parameters=targeted or None,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        fan_in_fan_out=all(isinstance(layer_of(model, name), Conv1D) for name in ranks),
+        fan_in_fan_out=bool(modules) and all(isinstance(layer_of(model, name), Conv1D) for name in modules),
+        modules_to_save=heads_of(model) if heads else None,
         inference_mode=True,
         base_model_name_or_path=base,
         revision=revision,
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    state: dict[str, Tensor] = {}
-    for name, pair in factors.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = pair.A.contiguous()
-        state[f"base_model.model.{name}.lora_B.weight"] = pair.B.contiguous()
+    state = {f"base_model.model.{name}": value.contiguous() for name, value in (heads or {}).items()}
+    for name in modules:
+        state |= _entries(name, *factors[name])
+    prefixes = parameters.saved_prefix(model, targeted)
+    for parameter, of_experts in parameters.by_parameter(factors, as_parameters).items():
+        stored = model.get_parameter(parameter)
+        experts = stored.shape[0] if stored.dim() == 3 else 1
+        rank = largest if layout == "uniform" else ranks[parameter]
+        state |= _entries(prefixes[parameter], *parameters.stacked(of_experts, experts, rank))
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     return largest
+
+
+def _entries(prefix: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    keys = (f"base_model.model.{prefix}.lora_{part}.weight" for part in "AB")
+    return dict(zip(keys, (A.contiguous(), B.contiguous()), strict=True))
 
 
 def write_model(
@@ -112,9 +134,9 @@ def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: 
     embeddings = model.get_input_embeddings()
     held = energy = 0.0
     for name, pair in factors.items():
-        module = layer_of(model, name)
-        weight = module.weight
-        W = weight.T if isinstance(module, Conv1D) else weight
+        spec = _spec(model, name)
+        weight = model.get_parameter(spec.stored[0])
+        W = weight_view(model, spec)
         if not weight.is_floating_point() or W.shape != (pair.B.shape[0], pair.A.shape[1]):
             raise AdapterError(
                 "an update does not fit the weight that it is added to",
@@ -123,7 +145,7 @@ def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: 
                 expected=f"{(pair.B.shape[0], pair.A.shape[1])}, floating point",
                 fix="export format lora, which leaves the weights alone",
             )
-        if module is not embeddings and weight is getattr(embeddings, "weight", None):
+        if embeddings is not None and weight is getattr(embeddings, "weight", None):
             raise AdapterError(
                 "an adapted layer shares its weight with the input embeddings, which merging would change too",
                 where=name,
@@ -138,12 +160,16 @@ def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: 
 
 
 def layer_of(model: nn.Module, name: str) -> Any:
-    """The layer of that full dotted name.
+    """The module that has the layer of that full dotted name.
 
     Raises:
         AdapterError: there is none.
     """
+    return model.get_submodule(_spec(model, name).stored[0].rpartition(".")[0])
+
+
+def _spec(model: nn.Module, name: str) -> LayerSpec:
     try:
-        return model.get_submodule(name)
-    except AttributeError:
+        return spec_of(model, name)
+    except TargetError:
         raise AdapterError("a layer of the adapter is not in the base model", where=name) from None

@@ -25,6 +25,7 @@ from corda.plan.part import Part
 from corda.plan.plan import LayerPlan, Plan, check_ranks, corrected, layer_from_json, scaling
 from corda.plan.selection import candidate_score, choose
 from corda.plan.sharing import PARTS, SURVEYED, THETAS, Shared, Weights
+from corda.plan.shrinkage import covariance, pooled_share
 from corda.plan.weigh import all_thetas, ranks_by_theta, weigh
 from corda.progress import Progress, silent
 from corda.quantization import Factors, start
@@ -196,7 +197,7 @@ class _Work:
 
     def metric(self, layer: str, round_: int | None) -> Metric:
         """(C + λI)^a of a layer's candidate."""
-        C = self.context.covariance(layer, round_).to(self.device)
+        C = covariance(self.context, layer, round_, self.options.expert_prior).to(self.device)
         return Metric(C, self.options.exponent, damping(C, self.options.damp))
 
     def survey(self, group: str, members: Sequence[LayerSpec]) -> list[tuple[LayerPlan, Tensor]]:
@@ -260,7 +261,8 @@ class _Work:
             if layer.chosen not in metrics:
                 metrics = {layer.chosen: self.metric(spec.name, layer.chosen)}
             tokens = self.context.token_count(spec.name, layer.chosen)
-            planned = replace(layer, group=group, tokens=tokens)
+            share = pooled_share(spec, tokens, self.options.expert_prior)
+            planned = replace(layer, group=group, tokens=tokens, pooled=share)
             W, metric = self.weight(spec), metrics[layer.chosen]
             part = _factorise(spec, planned, W, metric, self.options)
             parts.append(part if self.quantise is None else _quantised(part, W, metric, self.options, self.quantise))
@@ -289,13 +291,15 @@ class _Work:
     def _both(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
         """C_t, pooled unless the first round is asked for, and C_k of the chosen candidate."""
         assert self.learn is not None
-        task = self.learn.covariance(layer.name, 0 if self.selection == "first" else None)
-        return task.to(self.device), self.context.covariance(layer.name, layer.chosen).to(self.device)
+        first, prior = 0 if self.selection == "first" else None, self.options.expert_prior
+        task = covariance(self.learn, layer.name, first, prior)
+        return task.to(self.device), covariance(self.context, layer.name, layer.chosen, prior).to(self.device)
 
     def _weighed(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
         """Parts of layers with one candidate, in dual and contrast."""
         tokens = self.context.token_count(members[0][0].name, members[0][1].chosen)
-        planned = [(spec, replace(layer, group=group, tokens=tokens)) for spec, layer in members]
+        share = pooled_share(members[0][0], tokens, self.options.expert_prior)
+        planned = [(spec, replace(layer, group=group, tokens=tokens, pooled=share)) for spec, layer in members]
         weights = [self.weight(spec) for spec, _ in members]
         task, knowledge = self._both(planned[0][1])
         parts = []

@@ -33,6 +33,7 @@ class LayerPlan:
         rank: Components adapted, r; 0 only before ranks are allocated.
         group: The distinct input it shares, or its own name.
         tokens: Tokens behind its covariance; 0 without one.
+        pooled: Share of the pooled covariance of all experts in its own, see `plan.shrinkage`; 0 for other layers.
         damping: λ, the number added to C's diagonal.
         solver: What found the vectors: "gram", "lq", or "none" for plain LoRA.
         condition: Estimated condition of R (C + λI)^a.
@@ -58,6 +59,7 @@ class LayerPlan:
     rank: int
     group: str = ""
     tokens: int = 0
+    pooled: float = 0.0
     damping: float = 0.0
     solver: str = "none"
     condition: float = 1.0

@@ -58,7 +58,7 @@ class Weights:
         """W of that layer."""
         if spec.name in self._kept:
             return self._kept[spec.name]
-        stored = self.given(f"{spec.name}.weight") if self.given is not None else None
+        stored = self.given(spec.stored[0]) if self.given is not None else None
         return weight_of(self.model, spec, stored).to(self.device)
 
     def bring(self, layers: Sequence[LayerSpec], own: bool) -> None:
