@@ -2,6 +2,8 @@
 
 python benchmarks/crash.py [--kills 50] [--flips 2] [--every 1]   writes benchmarks/results/crash.json
 
+With --stages a part of it is done and takes its place in the file.
+
 One process imports everything once and forks a child for each attempt. A child runs one stage of a pico model's run on
 a copy of the folder as it was before that stage, and
 
@@ -353,24 +355,37 @@ def main() -> None:
                 "disk_full_at_operations": full_disk(bench, number, args.every),
             }
             print(stage, json.dumps(result[stage])[:1500], flush=True)
+            write(Path(args.output), result, {}, time.perf_counter() - start)
         flipped = {"finished run": flip(bench, bench.states[-1], args.flips, rng)} if args.flips else {}
         for number in range(len(flipped) and 4):
             if (state := bench.unfinished(number)) is not None:
                 flipped[f"unfinished {STAGES[number]}"] = flip(bench, state, args.flips, rng)
         print("flipped", json.dumps(flipped)[:3000], flush=True)
-    wrong = [d for one in result.values() for k in one if k != "seconds" for d in one[k]["differences"]]
+    write(Path(args.output), result, flipped, time.perf_counter() - start)
+
+
+def write(output: Path, stages: dict[str, Any], flipped: dict[str, Any], seconds: float) -> None:
+    """Put results into the file, beside what other parts have left there."""
+    known = artifact.read_json(output) if output.is_file() else {}
+    where = artifact.provenance()
+    stages = known.get("stages", {}) | {name: one | {"provenance": where} for name, one in stages.items()}
+    flipped = known.get("flipped", {}) | {name: one | {"provenance": where} for name, one in flipped.items()}
+    wrong = [
+        d for one in stages.values() for k in one.values() if isinstance(k, dict) for d in k.get("differences", [])
+    ]
     wrong += [d for one in flipped.values() for d in one["differences"]]
-    report = {
-        "name": "crash",
-        "model": "Llama of 3 blocks, width 48",
-        "stages": result,
-        "flipped": flipped,
-        "wrong": len(wrong),
-        "seconds": time.perf_counter() - start,
-        "provenance": artifact.provenance(),
-    }
-    artifact.write_json(Path(args.output), report)
-    print("wrong", len(wrong), *wrong[:10], sep="\n")
+    artifact.write_json(
+        output,
+        {
+            "name": "crash",
+            "model": "Llama of 3 blocks, width 48",
+            "stages": stages,
+            "flipped": flipped,
+            "wrong": len(wrong),
+            "provenance": where,
+        },
+    )
+    print(f"{seconds:.0f} s, wrong: {len(wrong)}", *wrong[:10], sep="\n", flush=True)
 
 
 if __name__ == "__main__":
