@@ -227,6 +227,7 @@ class Stages:
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
         state = sharding.whole_adapters(model)
+        drift = meter.read() if meter is not None else None
 
         def save() -> None:
             with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
@@ -234,8 +235,7 @@ class Stages:
                 artifact.write_json(temporary / "curve.json", vars(curve))
                 cut = sum(not any(one.response) for one in encoded)
                 notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
-                if meter is not None:
-                    drift = meter.read()
+                if drift is not None:
                     artifact.write_json(temporary / "drift.json", vars(drift))
                     notes += drift_notes(drift, r.training, curve.stopped)
                 extra.update(step0=step0, warnings=notes, **self._costs("train"))
