@@ -67,7 +67,7 @@ def test_a_plan_is_looked_at_edited_by_hand_and_used(corda, raw_recipe, write_re
     code, out, _ = corda("inspect", "plan", run, "-o", tmp_path / "other.html")
     assert (tmp_path / "other.html").is_file()
     code, out, _ = corda("inspect", "context", path, "--json")
-    assert len(json.loads(out)["inputs"]) == 8
+    assert [one["side"] for one in json.loads(out)["inputs"]] == [""] * 8 + ["held_out"] * 8
     code, out, _ = corda("inspect", "context", run)
     assert "eff. rank" in out
     assert "covariances kept on disk, written in" in " ".join(out.split())

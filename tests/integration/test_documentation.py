@@ -1,7 +1,8 @@
 """README and docs/: every code block runs or is checked, and every link leads somewhere.
 
 Python blocks of a page run in order in one namespace, on a pico model in the place of the named one. A block whose
-first line is `# fails: ERROR` has to raise it. YAML blocks are parts of a recipe and have to be valid ones. In shell
+first line is `# fails: ERROR` has to raise it. YAML blocks are parts of a recipe, or of a study where
+they have methods, and have to be valid ones. In shell
 blocks `corda` lines are parsed by the command line itself, `make` lines name targets, others have to be known here.
 """
 
@@ -21,6 +22,7 @@ import typer
 import yaml
 
 from corda.cli import app
+from corda.comparing.study import parse_study
 from corda.reading import parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,14 @@ BASE = {
     "output_dir": "runs/x",
     "model": {"model_name_or_path": "m"},
     "data": {"learn": "learn.jsonl", "keep": "keep.jsonl"},
+}
+STUDY = {
+    "output_dir": "runs/x",
+    "learn": "task/answer_loss",
+    "development": "dev/answer_loss",
+    "keep": ["kept/answer_loss"],
+    "unseen": ["kept"],
+    "learning_rates": [1.0e-4, 1.0e-3],
 }
 HARMLESS = ("pip install", "$EDITOR", "source ", "git clone", "cd ")
 
@@ -85,6 +95,9 @@ def test_yaml_is_a_valid_part_of_a_recipe(page):
     for line, block in blocks(page, "yaml"):
         raw = yaml.safe_load(block)
         assert isinstance(raw, dict), f"{page.name}:{line}"
+        if "methods" in raw:
+            parse_study(STUDY | raw | {"base": BASE}, f"{page.name}, line {line}")
+            continue
         merged = {key: dict(value) if isinstance(value, dict) else value for key, value in BASE.items()}
         for key, value in raw.items():
             merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value

@@ -26,7 +26,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the study; list its cells; run nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare methods over learning rates and seeds: fronts, paired differences, convergence, costs."""
+    """Compare methods over learning rates and seeds."""
     from corda.comparing import compare as comparing
     from corda.comparing.fairness import check
     from corda.comparing.smoke import smoke_study
