@@ -1,7 +1,7 @@
 """Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, the meter's readings.
 
 python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
-time is over, and writes results/contrast-smollm2.json after each. What is in the output folder already is not run
+time is over, and writes results/contrast-smollm2.json. What is in the output folder already is not run
 again; `--minutes 0` only writes the result. The covariances of a task are collected once, for all seeds: 384 records
 of NQ-open, 64 more that are held out, and 64 of the task. A seed is that of the training data, its order and random
 starts.
@@ -22,7 +22,7 @@ import torch
 from harness import RESULTS
 from scipy import stats
 
-from corda import artifact, models
+from corda import artifact, models, tradeoff
 from corda.adapter import attach
 from corda.context.collect import collect_encoded
 from corda.context.store import HELD_OUT, Context, load, save
@@ -232,6 +232,38 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def leading_shares(context: Context) -> dict[str, dict[str, float]]:
+    """For each distinct input, the largest eigenvalue's share of the trace on both sides."""
+    found: dict[str, dict[str, float]] = {}
+    for side, one in (("knowledge", context), ("task", context.side("learn"))):
+        for group, members in one.members().items():
+            C = one.covariance(members[0].name)
+            v = torch.ones(len(C))
+            for _ in range(50):
+                v = C @ v
+                v = v / v.norm()
+            found.setdefault(group, {})[side] = round(float(v @ C @ v / C.trace()), 5)
+    return found
+
+
+def most_dominated(context: Context, shares: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What contrast takes where one direction is nearly the whole trace, by the scale of both sides."""
+    group = max(shares, key=lambda name: shares[name]["knowledge"])
+    name = context.members()[group][0].name
+    C_t, C_k = (one.covariance(name) for one in (context.side("learn"), context))
+    huge = torch.linalg.eigh(C_k.double())[1][:, -1]
+    found: dict[str, Any] = {"input": group}
+    for kind, scaled in (("trace", tradeoff.unit_trace), ("median", tradeoff.unit_median)):
+        best = tradeoff.directions(scaled(C_t), scaled(C_k), RANK)
+        overlaps = (huge @ best.vectors).abs()
+        found[kind] = {
+            "theta": [float(best.values[0]), float(best.values[1]), float(best.values[-1])],
+            "overlap_of_first_with_huge": float(overlaps[0]),
+            "largest_overlap": float(overlaps.max()),
+        }
+    return found
+
+
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) >= 4 else None
 
@@ -253,7 +285,7 @@ def main(data_dir: Path, minutes: float, folder: Path) -> None:
             artifact.write_json(kept, run)
             rises = {name: round(one["value"], 3) for name, one in run["change"].items()}
             print(cell.name, rises, {k: round(v, 4) for k, v in run["drift"].items()}, run["seconds"], flush=True)
-        write(folder)
+    write(folder)
 
 
 def write(folder: Path) -> None:
@@ -272,7 +304,16 @@ def write(folder: Path) -> None:
         "measured_records": MEASURED | {"wikitext2_windows": WINDOWS},
     }
     note = models.resolve(BASE).note
-    head = {"name": "contrast-smollm2", "device": where["device"], "model": {"name": "SmolLM2-135M", "note": note}}
+    head: dict[str, Any] = {
+        "name": "contrast-smollm2",
+        "device": where["device"],
+        "model": {"name": "SmolLM2-135M", "note": note},
+    }
+    place = folder / "context-gsm8k-0"
+    if place.is_dir():
+        context = load(artifact.read(place, "context", verify=False))
+        head["leading_eigenvalue_shares"] = leading_shares(context)
+        head["most_dominated_input"] = most_dominated(context, head["leading_eigenvalue_shares"])
     content = head | {"settings": settings, "spearman": summary(runs), "runs": runs, "provenance": where}
     artifact.write_json(RESULTS / "contrast-smollm2.json", content)
 

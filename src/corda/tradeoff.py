@@ -18,6 +18,7 @@ from corda import krylov, linalg
 
 Kind = Literal["contrast", "random", "task", "null", "combination"]
 Solver = Literal["auto", "exact", "krylov"]
+_ROUNDING = 3e-7
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def unit_median(C: Tensor) -> Tensor:
     """C (n, n) in fp64, divided by n times the median of its positive eigenvalues: 1/n is a typical direction's energy.
 
     Where one direction of very large activations is nearly all of the trace, every other one is far below μ/n at unit
-    trace, and the contrast would take that very direction; at unit median it is one among n.
+    trace, and the contrast would take that very direction; at unit median it is one among n. The median counts as
+    3e-7 of the largest eigenvalue at least: below it are the roundings of a covariance in fp32.
 
     Raises:
         ValueError: C is zero or not finite.
@@ -62,7 +64,7 @@ def unit_median(C: Tensor) -> Tensor:
     C = unit_trace(C)
     values = torch.linalg.eigvalsh(C)
     positive = values[values > 1e-12 * values[-1]]
-    return C / (len(C) * float(positive.median()))
+    return C / (len(C) * max(float(positive.median()), _ROUNDING * float(values[-1])))
 
 
 def output_moment(R: Tensor, C: Tensor, exponent: float) -> Tensor:

@@ -63,7 +63,7 @@ def test_one_direction_of_huge_activations_does_not_hide_the_others_at_unit_medi
     d = 40
     C_t, C_k = moment(d, 300, 0), moment(d, 300, 1)
     huge = torch.zeros(d, dtype=torch.float64)
-    huge[3] = 1e4
+    huge[3] = 4e3
     shared = [C + torch.outer(huge, huge) * size for C, size in ((C_t, 1.0), (C_k, 0.9))]
     at_trace, at_median = ([scale(C) for C in shared] for scale in (tradeoff.unit_trace, tradeoff.unit_median))
     assert abs(float(tradeoff.directions(*at_trace, 1).vectors[3, 0])) > 0.99
@@ -72,6 +72,8 @@ def test_one_direction_of_huge_activations_does_not_hide_the_others_at_unit_medi
     assert torch.allclose(tradeoff.directions(*at_median, 4).values, plain, rtol=0.5)
     values = torch.linalg.eigvalsh(at_median[0])
     assert float(values.median()) == pytest.approx(1 / d, rel=0.1)
+    rounded = (C_k + 1e14 * torch.outer(huge, huge)).float()
+    assert torch.isfinite(tradeoff.directions(at_median[0], tradeoff.unit_median(rounded), 4).vectors).all()
     singular = torch.linalg.eigvalsh(tradeoff.unit_median(moment(d, 9, 2)))
     assert float(singular[-9:].median()) == pytest.approx(1 / d, rel=1e-6)
 
