@@ -1,6 +1,7 @@
 """The table of docs/families.md out of docs/families.json, which the tests write: python docs/families.py rewrites it.
 
-CORDA_RECORD_FAMILIES=1 pytest tests/unit/test_families.py tests/unit/test_experts.py tests/unit/test_vlm.py notes anew what was run.
+CORDA_RECORD_FAMILIES=1 pytest tests/unit/test_families.py tests/unit/test_experts.py tests/unit/test_vlm.py notes anew
+what was run.
 """
 
 from __future__ import annotations
