@@ -378,6 +378,7 @@ def write(output: Path, stages: dict[str, Any], flipped: dict[str, Any], seconds
         output,
         {
             "name": "crash",
+            "device": where["device"],
             "model": "Llama of 3 blocks, width 48",
             "stages": stages,
             "flipped": flipped,
