@@ -3,7 +3,7 @@
 python benchmarks/rounds_cost.py [--repetitions N] writes rounds-cost.json: random blocks of SmolLM2-135M's shape, each
 side in a process of its own, in turn. Times are CPU seconds, so that a busy machine does not matter much. N = 1 is
 CorDA as it is (selection first, uniform ranks); N = 5 selects a covariance per layer and allocates ranks. Calibration
-size: that of 5 x 256 short questions.
+sizes: those of 5 x 256 short questions, and four times as much.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from corda.plan.make import make_plan
 from corda.targets import find_targets
 
 BLOCKS, LENGTH, RANK = 4, 256, 32
-TOKENS = (20480,)  # 5 x 16 windows of 256
+TOKENS = (20480, 81920)  # 5 x 16 and 5 x 64 windows of 256
 
 
 def one(rounds: int, tokens: int) -> None:

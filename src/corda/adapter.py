@@ -45,22 +45,26 @@ class _ExactSaving:
         self, save_directory: str | Path, selected_adapters: list[str] | None = None, **kwargs: Any
     ) -> None:
         """As PeftModel.save_pretrained; the trained adapter is written with its start subtracted, rank 2r."""
-        state = None if kwargs.get("state_dict") else whole_adapters(self)  # type: ignore[arg-type]
+        model: Any = self
+        above: Any = super()
+        state = None if kwargs.get("state_dict") else whole_adapters(model)
         if state is not None:  # the model is sharded over processes, all of which have come here
             kwargs |= {"state_dict": state, "is_main_process": world().first}
-        names = selected_adapters or [name for name in self.peft_config if name not in _FROZEN]  # type: ignore[attr-defined]
-        super().save_pretrained(str(save_directory), selected_adapters=names, **kwargs)  # type: ignore[misc]
-        if TRAINED in names and INITIAL in self.peft_config and kwargs.get("is_main_process", True):  # type: ignore[attr-defined]
-            config, state = plain_lora(self, kwargs.get("state_dict"))
+        names = selected_adapters or [name for name in model.peft_config if name not in _FROZEN]
+        above.save_pretrained(str(save_directory), selected_adapters=names, **kwargs)
+        if TRAINED in names and INITIAL in model.peft_config and kwargs.get("is_main_process", True):
+            config, state = plain_lora(model, kwargs.get("state_dict"))
             save_file(state, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(save_directory))
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PeftModel.load_adapter; a folder saved by this class restores the trained half of its factors."""
         path = Path(model_id) / SAFETENSORS_WEIGHTS_NAME
-        if adapter_name == TRAINED and INITIAL in self.peft_config and path.is_file():  # type: ignore[attr-defined]
-            return restore(self, load_file(path), str(model_id))
-        return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)  # type: ignore[misc]
+        model: Any = self
+        above: Any = super()
+        if adapter_name == TRAINED and INITIAL in model.peft_config and path.is_file():
+            return restore(model, load_file(path), str(model_id))
+        return above.load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
 
 class _FrozenA:
@@ -69,13 +73,15 @@ class _FrozenA:
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """As PeftModel.disable_adapter."""
-        with super().disable_adapter():  # type: ignore[misc]
+        above: Any = super()
+        with above.disable_adapter():
             yield
         freeze_a(self)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PeftModel.set_adapter."""
-        super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        above: Any = super()
+        above.set_adapter(*args, **kwargs)
         freeze_a(self)
 
 
@@ -226,6 +232,9 @@ def plain_lora(
     Args:
         model: From `attach`, in a mode with a start.
         state_dict: Gathered weights, for a sharded model.
+
+    Returns:
+        Its configuration, and parameter name -> A (2r, d_in) or B (d_out, 2r).
     """
     now = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=TRAINED)
     start = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=INITIAL)
@@ -251,6 +260,11 @@ def plain_lora(
 
 def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
     """Set the trained factors from a plain LoRA that `plain_lora` made of the same start.
+
+    Args:
+        model: From `attach`.
+        saved: Parameter name -> A (2r, d_in) or B (d_out, 2r), as saved.
+        where: Named in messages.
 
     Raises:
         AdapterError: other layers, other shapes, or another start.

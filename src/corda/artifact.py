@@ -148,6 +148,11 @@ def _refuse_foreign(folder: Path, identity: Mapping[str, Any]) -> None:
 def need_disk(folder: Path, size: int, otherwise: str = "") -> None:
     """Refuse early when a write of `size` bytes cannot fit; `otherwise` is one more way out, for the message.
 
+    Args:
+        folder: Where the write goes.
+        size: Bytes.
+        otherwise: One more way out, for the message.
+
     Raises:
         ResourceError: with the free and the needed space.
     """
@@ -211,7 +216,12 @@ def _finish(temporary: Path, folder: Path, what: Mapping[str, Any], extra: Mappi
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write an artifact's manifest with a hash of its own content."""
+    """Write an artifact's manifest with a hash of its own content.
+
+    Args:
+        folder: The artifact's.
+        manifest: All its entries.
+    """
     content = {key: value for key, value in manifest.items() if key != _SEAL}
     write_json(folder / MANIFEST, {**content, _SEAL: seal(content)})
 
@@ -224,6 +234,11 @@ def seal(value: Any) -> str:
 
 def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
     """Open an artifact and check that it is whole.
+
+    Args:
+        folder: Where it lies.
+        kind: What it has to be.
+        verify: Compare the files' hashes too.
 
     Raises:
         ArtifactError: none there, of another kind or schema, or a file that is missing or changed.
@@ -256,6 +271,11 @@ def read(folder: Path, kind: str, *, verify: bool = True) -> Artifact:
 def reusable(folder: Path, kind: str, fingerprint: str) -> Artifact | None:
     """The artifact at `folder` if it is whole and has this fingerprint, None if there is none or it is outdated.
 
+    Args:
+        folder: Where it may lie.
+        kind: What it has to be.
+        fingerprint: Of all that it has to depend on.
+
     Raises:
         ArtifactError: the folder holds something corrupted or foreign, which is never silently overwritten.
     """
@@ -280,7 +300,12 @@ def make_folder(folder: Path) -> None:
 
 
 def copy(found: Artifact, folder: Path) -> Artifact:
-    """The same artifact at another place; on one disk its files are shared, not doubled: they never change."""
+    """The same artifact at another place; on one disk its files are shared, not doubled: they never change.
+
+    Args:
+        found: What to copy.
+        folder: Where to.
+    """
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
     shutil.copytree(found.folder, temporary, dirs_exist_ok=True, copy_function=_linked)
     disk.sync_tree(temporary)
@@ -297,7 +322,12 @@ def _linked(source: str, target: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, in one fixed layout, so that equal values are equal bytes."""
+    """Write JSON atomically, in one fixed layout, so that equal values are equal bytes.
+
+    Args:
+        path: The file.
+        value: Anything that JSON can hold.
+    """
     disk.write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 

@@ -64,7 +64,7 @@ class Bases:
         return models.pick_dtype(self.recipe.model, self.inputs.source)
 
     def quantise(self) -> Callable[[Tensor], Tensor] | None:
-        """W -> Q(W) of a 4-bit base, None for any other."""
+        """W (d_out, d_in) -> Q(W), of the same shape, of a 4-bit base, None for any other."""
         kind = self.inputs.quantisation
         return None if kind is None else functools.partial(round_trip, kind=kind, dtype=self.dtype())
 
@@ -135,7 +135,7 @@ class Bases:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def measured_on(self) -> list[dict[str, Tensor]]:
-        """Some records of what the context came from and of the training data, one by one, without padding."""
+        """Some records of the context's and the training data, each as (1, L) token ids without padding."""
         data = self.recipe.data
         records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
         processing = self.inputs.tokenizer

@@ -18,11 +18,11 @@ from corda.bases import Bases
 from corda.data.batches import encode_segments, pad_id
 from corda.data.formats import Segment, to_records
 from corda.errors import ArtifactError, DataError, ModelError
-from corda.evaluation.generation import end_tokens
+from corda.evaluation.generation import end_tokens, prompt
 from corda.forms import TRAINED
 from corda.inputs import Inputs
 from corda.plan import plan as plans
-from corda.processing import takes_images
+from corda.processing import takes_images, tokenizer_of
 from corda.reading import parse_recipe
 from corda.recipe import Recipe
 
@@ -38,13 +38,13 @@ class Pair:
     Attributes:
         tuned: The base with the trained adapter.
         base: The bare base where switching the adapter off does not give it, else None.
-        tokenizer: Theirs.
+        tokenizer: Theirs, or the processor of models with images.
         form: How what is typed becomes a prompt.
     """
 
     tuned: PeftModel
     base: nn.Module | None
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     form: Form
 
 
@@ -120,10 +120,10 @@ def reply(
     if who == "base":
         off = nullcontext() if pair.base is not None else pair.tuned.disable_adapter()
         model = pair.base if pair.base is not None else pair.tuned
-    ids = encode_segments([Segment(_prompt(pair, turns), False)], pair.tokenizer).ids
     device = next(pair.tuned.parameters()).device
-    tokens = torch.tensor([ids], device=device)
-    spoken = _Spoken(pair.tokenizer, _STOPS[pair.form], say)
+    tokens = torch.tensor([list(_prompt(pair, turns))], device=device)
+    tokenizer = tokenizer_of(pair.tokenizer)
+    spoken = _Spoken(tokenizer, _STOPS[pair.form], say)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -137,7 +137,7 @@ def reply(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             generation_config=config,
-            tokenizer=pair.tokenizer,
+            tokenizer=tokenizer,
             streamer=spoken,
         )
     return spoken.text
@@ -177,7 +177,7 @@ class _Spoken:
             self.say(piece)
 
 
-def _form(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, form: str | None) -> Form:
+def _form(recipe: Recipe, tokenizer: Any, form: str | None) -> Form:
     talks = recipe.data.learn is not None and recipe.data.learn.format in {"messages", "sharegpt"}
     chosen = form or ("chat" if talks else recipe.data.template)
     known: dict[str, Form] = {name: name for name in get_args(Form)}
@@ -188,11 +188,14 @@ def _form(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, form: str | None) 
     return known[chosen]
 
 
-def _prompt(pair: Pair, turns: Sequence[tuple[str, str]]) -> str:
+def _prompt(pair: Pair, turns: Sequence[tuple[str, str]]) -> Sequence[int]:
+    """Token ids, up to where the answer begins."""
     said = turns[-1][1]
     if pair.form == "raw":
-        return said
+        return encode_segments([Segment(said, False)], pair.tokenizer).ids
     if pair.form == "plain":
-        return to_records([{"question": said, "answer": "-"}])[0].prompt
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return str(pair.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        (record,) = to_records([{"question": said, "answer": "-"}])
+        return prompt(record, pair.tokenizer, "plain").ids
+    messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "-"))]
+    (record,) = to_records([{"messages": messages}])
+    return prompt(record, pair.tokenizer, "chat").ids

@@ -62,6 +62,10 @@ def last(folder: Path, fingerprint: str) -> str | None:
 
     Those of another training and those whose saving was interrupted are removed; so is one that was changed since,
     which is logged.
+
+    Args:
+        folder: With the checkpoints.
+        fingerprint: Of all that the training depends on.
     """
     owner = folder / _OWNER
     known = artifact.read_json(owner) if owner.is_file() else None

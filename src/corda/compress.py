@@ -96,6 +96,11 @@ def low_rank(D: Tensor, rank: int) -> Truncated:
 def pad(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The same update with rows and columns of zeros up to rank k: (k, d_in) and (d_out, k).
 
+    Args:
+        A: (r, d_in).
+        B: (d_out, r).
+        rank: k.
+
     Raises:
         ValueError: the factors have a larger rank.
     """

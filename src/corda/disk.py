@@ -35,7 +35,12 @@ def sync_tree(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content; whatever happens, the old or the new content is there, whole."""
+    """Replace a file's content; whatever happens, the old or the new content is there, whole.
+
+    Args:
+        path: The file.
+        text: Its new content.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

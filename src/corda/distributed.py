@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,12 @@ class Processes:
         return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes, strict=True)]
 
     def share(self, tensors: Mapping[str, Tensor], source: int) -> dict[str, Tensor]:
-        """The tensors that process `source` has, on the CPU."""
+        """The tensors that one process has, on the CPU.
+
+        Args:
+            tensors: Name -> tensor of any shape; only those of `source` count.
+            source: Its rank.
+        """
         if self.size == 1:
             return dict(tensors)
         own = bytes_of({k: t.cpu().contiguous() for k, t in tensors.items()}) if self.rank == source else b""
@@ -117,7 +122,7 @@ class Processes:
                     raise raised
         elif own is not None:
             raise own
-        return result  # type: ignore[return-value]
+        return cast(T, result)
 
     def first_only(self, work: Callable[[], None]) -> None:
         """work() on the first process while the others wait; its errors are raised on all.
@@ -189,12 +194,21 @@ def _part() -> None:
 
 
 def dealt(items: Sequence[T], processes: Processes) -> list[T]:
-    """This process's share of items that cost alike with their neighbours: every size-th of them."""
+    """This process's share of items that cost alike with their neighbours: every size-th of them.
+
+    Args:
+        items: In an order that all processes share.
+        processes: How many there are and which one this is.
+    """
     return list(items[processes.rank :: processes.size])
 
 
 def by_cost(costs: Sequence[float], size: int) -> list[int]:
     """Which of `size` processes takes which item: the costliest first, each to the one with the least so far.
+
+    Args:
+        costs: Each item's, in any unit.
+        size: Number of processes.
 
     Returns:
         Rank of every item.

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel
 
 from corda import models
+from corda.commenting import commented
 from corda.data.batches import encode, load_records
 from corda.data.formats import Record, Template
 from corda.data.sources import local_file
@@ -26,7 +25,6 @@ from corda.recipe import DataSource, Recipe
 _LOOKED_AT = 500  # records whose length is measured
 _LONGEST = 1024  # tokens that a draft goes up to by itself
 _COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/footguns.md
-_WIDTH = 120
 _HELD_OUT = ("test", "validation", "valid", "dev", "heldout", "eval")
 _SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
 _BILLION = 10**9
@@ -112,43 +110,6 @@ def draft(
     return Draft(text + "\n", facts, checked)
 
 
-def commented(
-    values: Mapping[str, Any], block: type[BaseModel], notes: Mapping[str, str], *, inside: str = "", indent: int = 0
-) -> list[str]:
-    """Lines of YAML with the recipe's own help, and notes of why, behind each key.
-
-    Args:
-        values: What to write, in this order.
-        block: The options that they belong to, for their descriptions.
-        notes: Full dotted key -> why it has this value.
-        inside: The dotted key of `values` itself.
-        indent: Spaces in front of each line.
-    """
-    lines: list[str] = []
-    pad = " " * indent
-    for key, value in values.items():
-        full = f"{inside}.{key}" if inside else key
-        field = block.model_fields[key]
-        below = _block_of(field.annotation) if isinstance(value, dict) else None
-        help_ = field.description
-        if below is None:
-            note = notes.get(full)
-            comment = f"{help_} ({note})" if help_ and note else help_ or note
-            lines += _line(f"{pad}{key}: {_flow(value)}", comment, pad)
-        elif get_origin(field.annotation) is dict:  # of tasks, each under its name
-            lines.append(f"{pad}{key}:")
-            for name, options in value.items():
-                lines += _line(f"{pad}  {name}:", notes.get(f"{full}.{name}"), pad)
-                lines += commented(options, below, notes, inside=f"{full}.{name}", indent=indent + 4)
-        elif indent:
-            lines += _line(f"{pad}{key}: {_flow(value)}", notes.get(full), pad)
-        else:
-            doc = (below.__doc__ or "").splitlines()[0]
-            lines += ["", *_line(f"{key}:", doc, "")]
-            lines += commented(value, below, notes, inside=full, indent=2)
-    return lines
-
-
 def held_out(source: str, data_dir: Path | None) -> str | None:
     """The name of a file of held-out records beside a training file, where one is named like that.
 
@@ -202,7 +163,7 @@ def _look(inputs: Inputs) -> tuple[dict[str, Any], dict[str, str]]:
     given = recipe.model_dump(exclude_unset=True)["data"].get("template")
     template: Template = given or ("chat" if chat else "plain")
     notes = {
-        "model.model_name_or_path": f"{skeleton.num_parameters() / 1e6:,.0f} M parameters",
+        "model.model_name_or_path": f"{_size(skeleton.num_parameters())} parameters",
         "data.template": "the tokenizer has a chat template" if chat else "the tokenizer has no chat template",
     }
     seen: dict[str, Any] = {}
@@ -344,7 +305,7 @@ def _kind(records: Sequence[Record]) -> str:
 def _head(launch: str, facts: Mapping[str, Any]) -> list[str]:
     return [
         f"# {launch}",
-        f"# Drafted after looking at a model of {facts['parameters'] / 1e6:,.0f} M parameters, {facts['layers']} "
+        f"# Drafted after looking at a model of {_size(facts['parameters'])} parameters, {facts['layers']} "
         f"layers to adapt, on {facts['device']}.",
         "# Every key with its default: page Recipe of the documentation, or src/corda/recipe.py.",
     ]
@@ -376,24 +337,10 @@ def _merge(suggested: dict[str, Any], given: Mapping[str, Any]) -> None:
             suggested[key] = value
 
 
-def _block_of(annotation: Any) -> type[BaseModel] | None:
-    parts = [annotation, *get_args(annotation)]
-    return next((one for one in parts if isinstance(one, type) and issubclass(one, BaseModel)), None)
-
-
-def _line(text: str, comment: str | None, pad: str) -> list[str]:
-    if not comment:
-        return [text]
-    if len(text) + len(comment) + 4 <= _WIDTH:
-        return [f"{text}  # {comment}"]
-    return [f"{pad}# {comment}", text]
-
-
-def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
-
-
 def _quantile(values: Sequence[int], share: float) -> int:
     ordered = sorted(values)
     return ordered[math.ceil(share * len(ordered)) - 1]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} M" if count >= 10**6 else f"{count:,}"

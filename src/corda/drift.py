@@ -81,7 +81,13 @@ def yardstick(context: Context, weight: Callable[[LayerSpec], Tensor]) -> Yardst
 
 
 def drift_notes(reading: Reading, options: TrainingOptions, stopped: int | None) -> list[str]:
-    """What a person should know of a finished training's drift: that the limit ended it, or was passed all the same."""
+    """What a person should know of a finished training's drift: that the limit ended it, or was passed all the same.
+
+    Args:
+        reading: The last one.
+        options: With the limit.
+        stopped: The step that the limit ended training at, or None.
+    """
     limit = options.max_drift
     if limit is None:
         return []

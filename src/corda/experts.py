@@ -83,6 +83,12 @@ def refuse_unknown(model: nn.Module) -> None:
 def routed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
     """Hidden states (tokens, d) and chosen experts (tokens, k) among the arguments of an experts module's forward.
 
+    Args:
+        module: Holds the stacked parameters.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        name: Full dotted name of the module.
+
     Raises:
         CalibrationError: they are not there.
     """
@@ -117,7 +123,13 @@ def by_expert(hidden: Tensor, index: Tensor, counts: Tensor | None, experts: int
 
 
 def between(module: Any, expert: int, x: Tensor) -> Tensor:
-    """What expert `expert` hands to its down_proj for inputs x (tokens, d): (tokens, d_ff)."""
+    """What expert `expert` hands to its down_proj for inputs x (tokens, d): (tokens, d_ff).
+
+    Args:
+        module: Holds the stacked parameters.
+        expert: Its number.
+        x: (tokens, d).
+    """
     name = _FIRST[0] if module.has_gate else _FIRST[1]
     weight = getattr(module, name)[expert]
     out = x.to(weight.dtype) @ (weight if module.is_transposed else weight.T)
@@ -128,5 +140,11 @@ def between(module: Any, expert: int, x: Tensor) -> Tensor:
 
 
 def one_of(stack: Tensor, expert: int, transposed: bool) -> Tensor:
-    """The (d_out, d_in) view of one expert in a stacked parameter."""
+    """The (d_out, d_in) view of one expert in a stacked parameter.
+
+    Args:
+        stack: (experts, ...), the stacked parameter.
+        expert: Its number.
+        transposed: Stored as (d_in, d_out).
+    """
     return stack[expert].T if transposed else stack[expert]

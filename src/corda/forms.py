@@ -22,11 +22,23 @@ class Difference(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """Nothing to set up: the initial factors are an adapter of their own."""
+        """Nothing to set up: the initial factors are an adapter of their own.
+
+        Args:
+            module: The adapted layer.
+            adapter_name: Its adapter's name.
+        """
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        """The layer's output, same shape as `result`; x is (..., d_in).
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            x: (..., d_in).
+            result: (..., d_out), the base layer's output.
+        """
         fixed = _corrected(module, x, result)
         x = module.lora_dropout[active_adapter](x)
         now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
@@ -36,22 +48,45 @@ class Difference(LoraVariant):  # type: ignore[misc]
 
     @classmethod
     def merge_safe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """orig_weight with everything that `forward` adds, in the layer's own layout, rounded once to its dtype."""
+        """orig_weight with everything that `forward` adds, in the layer's own layout, rounded once to its dtype.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            orig_weight: (d_out, d_in), or (d_in, d_out) for Conv1D.
+        """
         return (orig_weight + cls.delta(module, active_adapter)).to(orig_weight.dtype)
 
     @classmethod
     def merge_unsafe(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """The same in place."""
+        """The same in place.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            orig_weight: (d_out, d_in), or (d_in, d_out) for Conv1D.
+        """
         orig_weight.data.copy_(cls.merge_safe(module, active_adapter, orig_weight.data))
 
     @classmethod
     def unmerge(cls, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Take it out again."""
+        """Take it out again.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            orig_weight: (d_out, d_in), or (d_in, d_out) for Conv1D.
+        """
         return (orig_weight - cls.delta(module, active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def delta(module: LoraLayer, active_adapter: str) -> Tensor:
-        """s (B A - B0 A0) and the correction, shape of the layer's weight."""
+        """s (B A - B0 A0) and the correction, shape of the layer's weight.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+        """
         change: Tensor = module.get_delta_weight(active_adapter) - module.get_delta_weight(INITIAL)
         return change + module.get_delta_weight(CORRECTION) if CORRECTION in module.lora_A else change
 
@@ -61,14 +96,26 @@ class Corrected(Difference):
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        """The layer's output, same shape as `result`; x is (..., d_in).
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            x: (..., d_in).
+            result: (..., d_out), the base layer's output.
+        """
         now = module.lora_B[active_adapter](module.lora_A[active_adapter](x))
         out: Tensor = _corrected(module, x, result) + now * module.scaling[active_adapter]
         return out
 
     @staticmethod
     def delta(module: LoraLayer, active_adapter: str) -> Tensor:
-        """s B A and the correction, shape of the layer's weight."""
+        """s B A and the correction, shape of the layer's weight.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+        """
         total: Tensor = module.get_delta_weight(active_adapter) + module.get_delta_weight(CORRECTION)
         return total
 
@@ -78,7 +125,14 @@ class Beside(Difference):
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The layer's output, same shape as `result`; x is (..., d_in)."""
+        """The layer's output, same shape as `result`; x is (..., d_in).
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+            x: (..., d_in).
+            result: (..., d_out), the base layer's output.
+        """
         fixed = _corrected(module, x, result)
         now = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
         out: Tensor = fixed + now * module.scaling[active_adapter]
@@ -86,7 +140,12 @@ class Beside(Difference):
 
     @staticmethod
     def delta(module: LoraLayer, active_adapter: str) -> Tensor:
-        """s B A and the correction, shape of the layer's weight."""
+        """s B A and the correction, shape of the layer's weight.
+
+        Args:
+            module: The adapted layer.
+            active_adapter: Its adapter's name.
+        """
         return Corrected.delta(module, active_adapter)
 
 

@@ -14,7 +14,7 @@ from corda.forms import TRAINED
 
 
 def trained_heads(model: PeftModel) -> dict[str, Tensor]:
-    """Full parameter name in the base -> its trained values, fp32 or as trained, on the CPU."""
+    """Full parameter name in the base -> its trained values, of its shape, fp32 or as trained, on the CPU."""
     found = {}
     for name, module in model.base_model.model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and TRAINED in module.modules_to_save:
@@ -25,14 +25,24 @@ def trained_heads(model: PeftModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_heads(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy trained heads into a base model."""
+    """Copy trained heads into a base model.
+
+    Args:
+        model: Changed in place.
+        values: Full parameter name -> values of its shape.
+    """
     for name, value in values.items():
         model.get_parameter(name).copy_(value)
 
 
 @contextmanager
 def with_heads(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, a base model has other heads."""
+    """Inside, a base model has other heads.
+
+    Args:
+        model: The base.
+        values: Full parameter name -> values of its shape.
+    """
     before = {name: model.get_parameter(name).detach().clone() for name in values}
     set_heads(model, values)
     try:

@@ -26,6 +26,10 @@ _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:embedding_
 def context_facts(folder: Path, progress: Progress = silent) -> dict[str, Any]:
     """What a context holds, read from disk covariance by covariance.
 
+    Args:
+        folder: The context's.
+        progress: Shows how far it is.
+
     Returns:
         rounds, layers (their number), kept (see `kept`), warnings, and a dict for each distinct input and side: group,
         side (empty for the source that the plan goes by), layers (names), d_in, and per round tokens,

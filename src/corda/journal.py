@@ -52,7 +52,12 @@ class Journal:
             leftover.unlink(missing_ok=True)
 
     def facts(self, key: str, *, verify: bool = True) -> dict[str, Any] | None:
-        """What was noted with a finished part, None if it is not finished; without `verify` its tensors are trusted."""
+        """What was noted with a finished part, None if it is not finished; without `verify` its tensors are trusted.
+
+        Args:
+            key: The part's name.
+            verify: Compare the hash of its tensors too.
+        """
         book = self.folder / f"{key}.json"
         if not book.is_file():
             return None
@@ -75,6 +80,11 @@ class Journal:
 
     def put(self, key: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Note a finished part.
+
+        Args:
+            key: The part's name.
+            tensors: Name -> tensor.
+            facts: What to note with it, as JSON.
 
         Raises:
             ResourceError: not enough space, or the folder cannot be written.
@@ -124,7 +134,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def merged(parts: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """One mapping of several with distinct names; lazy if all of them are."""
+    """One mapping of tensors of any shape out of several with distinct names; lazy if all of them are."""
     if all(isinstance(part, LazyTensors) for part in parts):
         return LazyTensors({n: p for part in parts if isinstance(part, LazyTensors) for n, p in part.places.items()})
     return {name: part[name] for part in parts for name in part}

@@ -145,6 +145,11 @@ def largest(W: Tensor, metric: Metric, rank: int) -> Found:
     """The r largest components of W (C + λI)^a, W being (d_out, d_in) of any float type. O(d_out d_in r) a step.
 
     Products are fp32: at this end their error is far below the tolerance.
+
+    Args:
+        W: (d_out, d_in), any float type.
+        metric: (C + λI)^a.
+        rank: r.
     """
     W = W.float()
 
@@ -184,6 +189,10 @@ def smallest_of_triangle(L: Tensor, rank: int) -> Found | None:
     """The r smallest components of a lower triangular L (n, n) fp64, to the limits of fp64.
 
     None where L is singular to fp64, where the iteration stalls, or where its energies are not those of its vectors.
+
+    Args:
+        L: (n, n) fp64, lower triangular.
+        rank: r.
     """
     diagonal = L.diagonal().abs()
     if not float(diagonal.min()) > _SINGULAR * float(diagonal.max()):

@@ -181,7 +181,12 @@ def smallest_by_lq(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def spectrum(W: Tensor, metric: Metric) -> Tensor:
-    """All singular values of W (C + λI)^a, (n,) fp64, ascending, without vectors. O(n² d + n³)."""
+    """All singular values of W (C + λI)^a, (n,) fp64, ascending, without vectors. O(n² d + n³).
+
+    Args:
+        W: (d_out, d_in).
+        metric: (C + λI)^a.
+    """
     values: Tensor = torch.linalg.eigvalsh(krylov.symmetric_product(metric.root(reduce(W).R)))
     return values.clamp_min(0).sqrt()
 
@@ -194,7 +199,13 @@ def fix_signs(U: Tensor) -> Tensor:
 
 
 def captured_energy(W: Tensor, metric: Metric, U: Tensor) -> float:
-    """E(U) = ‖Uᵀ W (C + λI)^a‖_F in fp64, what a subspace holds of the layer; smaller is better for the small end."""
+    """E(U) = ‖Uᵀ W (C + λI)^a‖_F in fp64, what a subspace holds of the layer; smaller is better for the small end.
+
+    Args:
+        W: (d_out, d_in).
+        metric: (C + λI)^a.
+        U: (d_out, r), orthonormal columns.
+    """
     return float(metric.root(U.double().T @ W.double()).norm())
 
 

@@ -48,7 +48,7 @@ def lora_config(model: nn.Module, plan: Plan) -> LoraConfig:
 
 
 def target_names(model: nn.Module, names: Sequence[str]) -> list[str] | str:
-    """The shortest target_modules by which PEFT matches these layers of the model and no others."""
+    """The shortest target_modules of all `names` by which PEFT matches these layers of the model and no others."""
     wanted = set(names)
     if not wanted:
         return []

@@ -116,7 +116,12 @@ class Metric:
         return self.exponent == 0 or self.cholesky is not None
 
     def solve_half(self, X: Tensor, *, transposed: bool = False) -> Tensor:
-        """F⁻¹ X, or F⁻ᵀ X, by triangular solves, never by an inverse; X is (d_in, k) fp64."""
+        """F⁻¹ X, or F⁻ᵀ X, by triangular solves, never by an inverse; X is (d_in, k) fp64.
+
+        Args:
+            X: (d_in, k) fp64.
+            transposed: F⁻ᵀ instead of F⁻¹.
+        """
         if self.exponent == 0:
             return X
         assert self.cholesky is not None
@@ -135,5 +140,5 @@ def solve_cholesky(K: Tensor, X: Tensor) -> Tensor:
 
 
 def damping(C: Tensor, damp: float) -> float:
-    """λ = damp · mean(diag C), the number added to C's diagonal."""
+    """λ = damp · mean(diag C), the number added to the diagonal of C (d_in, d_in)."""
     return damp * float(C.diagonal().double().mean())

@@ -133,6 +133,10 @@ def spreading(options: ModelOptions) -> dict[str, Any]:
 def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
     """The 4-bit form that the model will have, asked for or stored; None for a model in full or 16-bit precision.
 
+    Args:
+        source: Where the model's files are.
+        options: Revision, dtype, device and form.
+
     Raises:
         ModelError: the checkpoint is quantised in another way, or its config cannot be read.
     """
@@ -160,6 +164,10 @@ def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
 def load_tokenizer(source: Source, options: ModelOptions) -> Any:
     """The tokenizer, with a padding token; for a model of images and text the processor that has it.
 
+    Args:
+        source: Where the model's files are.
+        options: Revision, dtype, device and form.
+
     Raises:
         ModelError: it cannot be found or read.
     """
@@ -177,6 +185,10 @@ def load_tokenizer(source: Source, options: ModelOptions) -> Any:
 
 def skeleton(source: Source, options: ModelOptions) -> PreTrainedModel:
     """The model without weights, on the meta device: for its layers' names and shapes.
+
+    Args:
+        source: Where the model's files are.
+        options: Revision, dtype, device and form.
 
     Raises:
         ModelError: its config cannot be found or read.
@@ -209,6 +221,10 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(options: ModelOptions, source: Source) -> torch.dtype:
     """The dtype of a run's weights: as asked, else fp32 on a CPU and the checkpoint's own on a GPU.
 
+    Args:
+        options: Revision, dtype, device and form.
+        source: Where the model's files are.
+
     Raises:
         ModelError: there is no such device, or the checkpoint's config cannot be read.
     """
@@ -225,7 +241,12 @@ def pick_dtype(options: ModelOptions, source: Source) -> torch.dtype:
 
 
 def identity(source: Source, options: ModelOptions) -> str:
-    """Hash of what the model is: a Hub commit, or the content of a local folder's files."""
+    """Hash of what the model is: a Hub commit, or the content of a local folder's files.
+
+    Args:
+        source: Where the model's files are.
+        options: Revision, dtype, device and form.
+    """
     folder = Path(source.path)
     if not folder.is_dir():
         with _reading(source):

@@ -55,7 +55,7 @@ class LazyWeights:
                 )
 
     def get(self, name: str) -> Tensor:
-        """One parameter, on the CPU, in the dtype of the run."""
+        """One parameter, of its own shape, on the CPU, in the dtype of the run."""
         key = self._keys[name]
         tensor = self._read(key)
         parts = [part for part in self._places if part.startswith(f"{key}.")]
@@ -86,7 +86,13 @@ class LazyWeights:
 
 
 def empty_model(source: Source, options: ModelOptions, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its buffers but without weights."""
+    """The model with its buffers but without weights.
+
+    Args:
+        source: Where the model's files are.
+        options: Revision and whether its own code may run.
+        dtype: Of the weights to come.
+    """
     trusted = {"trust_remote_code": options.trust_remote_code}
     config = AutoConfig.from_pretrained(source.path, revision=source.revision, **trusted)
     with init_empty_weights(include_buffers=False):

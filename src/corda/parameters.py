@@ -30,7 +30,7 @@ class ParameterDifference(ParamWrapper):  # type: ignore[misc]
     """
 
     def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-        """Factors of the change, stacked along twice the rank, and s."""
+        """Factors of the change, (..., m, 2r) and (..., 2r, n) for parameters (..., m, n), and s."""
         lhs, rhs, scaling = super().get_delta_factors(adapter_name)
         if adapter_name == TRAINED:
             lhs0, rhs0, _ = super().get_delta_factors(INITIAL)
@@ -81,7 +81,13 @@ def _taken_for_experts(model: nn.Module, endings: Iterable[str]) -> set[str]:
 
 
 def stacked(factors: Mapping[int, tuple[Tensor, Tensor]], experts: int, rank: int) -> tuple[Tensor, Tensor]:
-    """PEFT's lora_A (E r, d_in) and lora_B (d_out, r E) of A (k, d_in) and B (d_out, k) of some experts, k <= r."""
+    """PEFT's lora_A (E r, d_in) and lora_B (d_out, r E) of A (k, d_in) and B (d_out, k) of some experts, k <= r.
+
+    Args:
+        factors: Expert -> A (k, d_in) and B (d_out, k).
+        experts: E, how many there are.
+        rank: r.
+    """
     some_A, some_B = next(iter(factors.values()))
     A = some_A.new_zeros(experts, rank, some_A.shape[1])
     B = some_B.new_zeros(some_B.shape[0], rank, experts)
@@ -92,20 +98,37 @@ def stacked(factors: Mapping[int, tuple[Tensor, Tensor]], experts: int, rank: in
 
 
 def unstacked(A: Tensor, B: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Expert -> A (r, d_in) and B (d_out, r), of those that have any."""
+    """Expert -> A (r, d_in) and B (d_out, r), of those that have any.
+
+    Args:
+        A: (E r, d_in).
+        B: (d_out, r E).
+        experts: E, how many there are.
+    """
     As, Bs = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts)
     return {e: (As[e], Bs[..., e]) for e in range(experts) if bool(As[e].any()) or bool(Bs[..., e].any())}
 
 
 def joined(now: Tensor, start: Tensor, experts: int) -> Tensor:
-    """lora_A of rank 2r, [A; A0] of each expert; both (E r, d_in)."""
+    """lora_A of rank 2r, [A; A0] of each expert; both (E r, d_in).
+
+    Args:
+        now: (E r, d_in).
+        start: (E r, d_in).
+        experts: E, how many there are.
+    """
     return (
         torch.cat([each.reshape(experts, -1, each.shape[1]) for each in (now, start)], dim=1).flatten(0, 1).contiguous()
     )
 
 
 def halves(A: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `joined`."""
+    """Inverse of `joined`.
+
+    Args:
+        A: (2 E r, d_in).
+        experts: E, how many there are.
+    """
     now, start = A.reshape(experts, -1, A.shape[1]).chunk(2, dim=1)
     return now.flatten(0, 1), start.flatten(0, 1)
 
@@ -113,7 +136,12 @@ def halves(A: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 def by_parameter(
     factors: Mapping[str, tuple[Tensor, Tensor]], names: Mapping[str, str]
 ) -> dict[str, dict[int, tuple[Tensor, Tensor]]]:
-    """Parameter -> expert (0 for a parameter that is one matrix) -> factors."""
+    """Parameter -> expert (0 for a parameter that is one matrix) -> factors.
+
+    Args:
+        factors: Layer name -> A (r, d_in) and B (d_out, r).
+        names: Layer name -> name of its parameter.
+    """
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for name, parameter in names.items():
         expert = 0 if parameter == f"{name}.weight" else int(name.rpartition(".")[2])
@@ -122,7 +150,13 @@ def by_parameter(
 
 
 def fill(wrapper: ParamWrapper, adapter: str, factors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Set an adapter's factors."""
+    """Set an adapter's factors.
+
+    Args:
+        wrapper: PEFT's, around the parameter.
+        adapter: Its name.
+        factors: Expert -> A (r, d_in) and B (d_out, r).
+    """
     A, B = stacked(factors, wrapper.num_experts, wrapper.r[adapter])
     with torch.no_grad():
         wrapper.lora_A[adapter].weight.copy_(A)
@@ -130,14 +164,25 @@ def fill(wrapper: ParamWrapper, adapter: str, factors: Mapping[int, tuple[Tensor
 
 
 def update_of(wrapper: ParamWrapper, adapter: str) -> dict[int, tuple[Tensor, Tensor]]:
-    """Expert -> A and s B of an adapter, fp32, on the CPU."""
+    """Expert -> A (r, d_in) and s B (d_out, r) of an adapter, fp32, on the CPU.
+
+    Args:
+        wrapper: PEFT's, around the parameter.
+        adapter: Its name.
+    """
     A = wrapper.lora_A[adapter].weight.detach().float().cpu()
     B = wrapper.lora_B[adapter].weight.detach().float().cpu() * wrapper.scaling[adapter]
     return unstacked(A, B, wrapper.num_experts)
 
 
 def layer_name(parameter: str, wrapper: ParamWrapper, expert: int) -> str:
-    """The layer that an expert of a wrapper is in a plan."""
+    """The layer that an expert of a wrapper is in a plan.
+
+    Args:
+        parameter: Its full dotted name.
+        wrapper: PEFT's, around it.
+        expert: Its number.
+    """
     return parameter.removesuffix(".weight") if wrapper.get_param().dim() == 2 else f"{parameter}.{expert}"
 
 
@@ -156,7 +201,13 @@ def saved_prefix(model: nn.Module, parameters: Sequence[str]) -> dict[str, str]:
 
 
 def delta(wrapper: ParamWrapper, adapter: str, expert: int | None) -> Tensor:
-    """What an adapter adds to one matrix of the parameter, as it is stored."""
+    """What an adapter adds to one matrix of the parameter, in the shape that it is stored in.
+
+    Args:
+        wrapper: PEFT's, around the parameter.
+        adapter: Its name.
+        expert: Its number, or None for a parameter that is one matrix.
+    """
     if expert is None or wrapper.num_experts == 1:
         added: Tensor = wrapper.get_delta_weight(adapter)
         return added if expert is None else added[expert]
@@ -230,7 +281,12 @@ def start(model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], names:
 
 
 def drop_unplanned(model: PeftModel, ranks: Mapping[str, int]) -> None:
-    """Set to zero what plain LoRA drew at random for experts, or components, that the plan does not have."""
+    """Set to zero what plain LoRA drew at random for experts, or components, that the plan does not have.
+
+    Args:
+        model: Changed in place.
+        ranks: Layer name -> rank.
+    """
     for parameter, wrapper in wrappers(model).items():
         with torch.no_grad():
             A = wrapper.lora_A[TRAINED].weight.unflatten(0, (wrapper.num_experts, -1))

@@ -75,6 +75,11 @@ def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Pat
 def opened(recipe: Recipe, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> Iterator[Stages]:
     """The stages of a recipe that has been checked, with its output folder claimed and locked, in all processes.
 
+    Args:
+        recipe: What to do.
+        progress: Shows how far each stage is.
+        reuse_from: Other runs' folders whose scores of the same base may be taken over.
+
     Raises:
         CordaError: whatever `Inputs.check` finds, before anything is written.
         ArtifactError: the folder is another run's, holds something else, or is in use.

@@ -16,12 +16,24 @@ class Progress(Protocol):
 
 
 def silent(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """No display."""
+    """No display.
+
+    Args:
+        items: What to go through.
+        what: Named beside the bar.
+        total: How many there are.
+    """
     return items
 
 
 def shown(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-    """A bar on stderr while the items are consumed, with the time gone and left, where stderr is a terminal."""
+    """A bar on stderr while the items are consumed, with the time gone and left, where stderr is a terminal.
+
+    Args:
+        items: What to go through.
+        what: Named beside the bar.
+        total: How many there are.
+    """
     from rich.console import Console  # a tenth of a second, which `corda --help` need not wait for
 
     console = Console(stderr=True)

@@ -171,6 +171,10 @@ def is_4bit(module: nn.Module) -> bool:
 def requantise(module: Any, W: Tensor) -> None:
     """Put Q(W) into a 4-bit layer, in the layer's own format; W is (d_out, d_in).
 
+    Args:
+        module: A 4-bit layer; changed in place.
+        W: (d_out, d_in), what to quantise.
+
     Raises:
         ModelError: bitsandbytes is not installed.
     """

@@ -30,6 +30,10 @@ _SET_BY = {
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides.
 
+    Args:
+        path: The file.
+        overrides: `key.sub=value`.
+
     Raises:
         RecipeError: the file is missing or not YAML, or one or several keys or values are wrong; all are named.
     """
@@ -48,6 +52,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     """Set `key.sub=value` items in a raw recipe; values are read as YAML.
 
+    Args:
+        raw: Changed in place.
+        overrides: `key.sub=value`.
+
     Raises:
         RecipeError: an item is not of that form.
     """
@@ -57,6 +65,10 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe; `where` names its origin in messages.
+
+    Args:
+        raw: As YAML gives it.
+        where: Its origin, named in messages.
 
     Raises:
         RecipeError: with every problem found, and a suggestion for each unknown key.

@@ -223,7 +223,7 @@ class AdapterOptions(Strict):
         return self.mu or (1.0 if self.mode == "contrast" else 0.1)
 
     def cost(self, d_out: int, d_in: int) -> int:
-        """Trainable parameters per component of a layer."""
+        """Trainable parameters per component of a layer, of d_in inputs and d_out outputs."""
         return d_out if self.freezes_a else d_out + d_in
 
     @model_validator(mode="after")
@@ -314,8 +314,8 @@ class EvaluationOptions(Strict):
 class Recipe(Strict):
     """One run, from a base model and data to an adapter with its scores."""
 
-    output_dir: Path
-    seed: int = 0
+    output_dir: Path = Field(description="folder of the run: one recipe, one folder")
+    seed: int = Field(0, description="of data order, calibration samples and random starts")
     model: ModelOptions
     data: DataOptions = Field(default_factory=lambda: DataOptions())
     context: ContextOptions = Field(default_factory=lambda: ContextOptions())

@@ -41,7 +41,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight with all its entries; for a sharded one every process has to call this at the same point."""
+    """A weight in its full shape; for a sharded one every process has to call this at the same point."""
     if not isinstance(weight, DTensor):
         return weight
     gathered = weight.full_tensor()
@@ -50,7 +50,7 @@ def whole(weight: Tensor) -> Tensor:
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """The weight parameter of a layer, whole, detached; read from memory or disk where it is off-loaded."""
+    """The weight parameter of a layer, of its full shape, detached; read from memory or disk where it is off-loaded."""
     weight = layer.weight
     if weight.device.type != "meta":
         assert isinstance(weight, Tensor)
@@ -62,7 +62,7 @@ def stored_weight(layer: nn.Module) -> Tensor:
 
 
 def subtract(weight: Tensor, change: Tensor) -> None:
-    """weight -= change in place, rounded once; of a sharded weight every process has all of `change`."""
+    """weight -= change of its shape, in place, rounded once; of a sharded weight every process has all of `change`."""
     change = change.float()
     if isinstance(weight, DTensor):
         mesh, places = weight.device_mesh, weight.placements
@@ -72,7 +72,8 @@ def subtract(weight: Tensor, change: Tensor) -> None:
 
 def computing_device(layer: nn.Module) -> torch.device:
     """Where a layer computes: where its weight is, or for an off-loaded one where accelerate brings it."""
-    device: torch.device = layer.weight.device  # type: ignore[assignment]
+    held: Any = layer
+    device: torch.device = held.weight.device
     if device.type != "meta":
         return device
     brought = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
@@ -115,7 +116,7 @@ def gathered_around(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[N
 
 
 def whole_adapters(model: nn.Module) -> dict[str, Tensor] | None:
-    """A sharded model's LoRA weights by their names in its state dict, whole, on the CPU; None for any other model.
+    """A sharded model's LoRA weights by name, of their full shape, on the CPU; None for any other model.
 
     All processes have to call this together; the base's weights are not gathered.
     """

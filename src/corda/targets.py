@@ -66,7 +66,12 @@ class LayerSpec:
 
 
 def stored_as(name: str, kind: str) -> tuple[str, int | None]:
-    """See `LayerSpec.stored`."""
+    """See `LayerSpec.stored`.
+
+    Args:
+        name: Full dotted name of the layer.
+        kind: Its kind.
+    """
     if kind not in {"expert", "expert_t"}:
         return f"{name}.weight", None
     parameter, _, expert = name.rpartition(".")
@@ -215,7 +220,12 @@ def spec_of(model: nn.Module, name: str) -> LayerSpec:
 
 
 def weight_view(model: nn.Module, layer: LayerSpec) -> Tensor:
-    """The stored weight as (d_out, d_in) in its own dtype, sharing its memory, detached."""
+    """The stored weight as (d_out, d_in) in its own dtype, sharing its memory, detached.
+
+    Args:
+        model: Where it is.
+        layer: Which one.
+    """
     return _oriented(model.get_parameter(layer.stored[0]), layer)
 
 

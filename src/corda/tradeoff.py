@@ -135,13 +135,25 @@ def directions(
 
 
 def thetas(T: Tensor, K: Tensor, mu: float) -> Tensor:
-    """All θ of (T, K + μ/n I), (n,) fp64, largest first, without vectors. O(n³)."""
+    """All θ of (T, K + μ/n I), (n,) fp64, largest first, without vectors. O(n³).
+
+    Args:
+        T: (n, n), of the task.
+        K: (n, n), of the knowledge.
+        mu: μ > 0; μ/n is added to the diagonal of K.
+    """
     values: Tensor = torch.linalg.eigvalsh(_whitened(T, _damped_root(K, mu)))
     return values.flip(0).clamp_min(0)
 
 
 def rows(vectors: Tensor, *, length: float, orthonormal: bool = False) -> Tensor:
-    """A of contrast, (r, n) fp32: directions (n, r) as rows of one length, first orthonormalised where asked for."""
+    """A of contrast, (r, n) fp32: directions (n, r) as rows of one length, first orthonormalised where asked for.
+
+    Args:
+        vectors: (n, r).
+        length: Of each row.
+        orthonormal: Make them orthogonal first.
+    """
     V = torch.linalg.qr(vectors)[0] if orthonormal else _unit(vectors)
     return (length * linalg.fix_signs(V).T).float().contiguous()
 

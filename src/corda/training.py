@@ -171,6 +171,12 @@ def _undisturbed(model: PeftModel) -> Iterator[None]:
 def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device: torch.device) -> Any:
     """TRL's SFTConfig for the options.
 
+    Args:
+        options: TRL's fields and corda's.
+        folder: For checkpoints.
+        seed: Of data order and sampling.
+        device: To train on.
+
     Raises:
         RecipeError: TRL refuses them.
     """

@@ -14,7 +14,7 @@ RANKS = [
     {"disk"},
     {"ranks", "options"},
     {"recipe", "artifact", "metric", "progress", "metering", "distributed"},
-    {"reading"},
+    {"reading", "commenting"},
     {"krylov", "journal"},
     {"linalg", "compress", "tradeoff"},
     {"architectures", "experts", "processing", "sharding"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
     """Console script: exit code 0, 1 (failed), 2 (bad input) or 130 (interrupted)."""
     if _silent():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which of its kernels are missing
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:  # typer turns a KeyboardInterrupt into this

@@ -95,6 +95,7 @@ def _columns(pair: Pair, told: dict[Who, list[tuple[str, str]]], max_new_tokens:
     """Two columns that fill one after the other."""
     from rich.live import Live
     from rich.table import Table
+    from rich.text import Text
 
     from corda.chatting import reply
 
@@ -104,7 +105,7 @@ def _columns(pair: Pair, told: dict[Who, list[tuple[str, str]]], max_new_tokens:
         table = Table(expand=True, show_lines=False)
         for who in _NAMES:
             table.add_column(who, ratio=1, overflow="fold")
-        table.add_row(*(text.replace("[", "\\[") for text in answers.values()))
+        table.add_row(*map(Text, answers.values()))
         return table
 
     with Live(drawn(), auto_refresh=False, vertical_overflow="visible") as live:

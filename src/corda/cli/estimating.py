@@ -20,7 +20,7 @@ def estimate(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict memory, disk, tokens and time from the model's config."""
+    """Predict a run's memory, disk and time without weights."""
     from corda.estimate.estimate import estimate as predict
 
     quiet()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import warnings
 from contextlib import AbstractContextManager
@@ -20,14 +19,24 @@ if TYPE_CHECKING:
 
 
 def load(path: Path, overrides: list[str] | None) -> Recipe:
-    """A recipe file with its overrides."""
+    """A recipe file with its overrides.
+
+    Args:
+        path: The recipe.
+        overrides: Items of --set.
+    """
     from corda.reading import load_recipe
 
     return load_recipe(path, overrides or [])
 
 
 def folder_of(run: Path, overrides: list[str] | None) -> Path:
-    """The output folder of a recipe, or a run's folder itself."""
+    """The output folder of a recipe, or a run's folder itself.
+
+    Args:
+        run: A run's folder, or a recipe.
+        overrides: Items of --set.
+    """
     return load(run, overrides).output_dir if run.is_file() else run
 
 
@@ -37,7 +46,12 @@ def short(**options: object) -> list[str]:
 
 
 def opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[Stages]:
-    """The stages of a recipe, checked and locked, with progress bars."""
+    """The stages of a recipe, checked and locked, with progress bars.
+
+    Args:
+        path: The recipe.
+        overrides: Items of --set.
+    """
     quiet()
     from corda import pipeline
     from corda.progress import shown
@@ -47,17 +61,21 @@ def opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[St
 
 def quiet() -> None:
     """No bars or notices of the libraries below where nobody watches."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says at import which of its kernels are missing
-    from transformers.utils import logging as notices
+    from transformers.utils import logging
 
-    notices.set_verbosity_error()
+    logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of TRL's calls, not ours
     if not sys.stderr.isatty():
-        notices.disable_progress_bar()
+        logging.disable_progress_bar()
 
 
 def print_value(value: dict[str, Any], as_json: bool) -> None:
-    """A mapping, as JSON or a line a key."""
+    """A mapping, as JSON or a line a key.
+
+    Args:
+        value: What to print.
+        as_json: As one line of JSON.
+    """
     if as_json:
         typer.echo(json.dumps(value, ensure_ascii=False))
         return
@@ -73,7 +91,12 @@ def warn(warnings: list[str]) -> None:
 
 
 def print_export(done: dict[str, Any], as_json: bool) -> None:
-    """An export; for people without what each layer lost, which its manifest holds."""
+    """An export; for people without what each layer lost, which its manifest holds.
+
+    Args:
+        done: What the export reported.
+        as_json: As one line of JSON.
+    """
     from corda.exporting.kept import kept_warning
 
     facts = {key: value for key, value in done.items() if key != "costs" and (as_json or value is not None)}

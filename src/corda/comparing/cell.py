@@ -34,12 +34,22 @@ _DIVERGED = 1.5  # a task loss this many times the base's is a divergence
 
 
 def result_path(study: Study, cell: Cell) -> Path:
-    """Where a cell's results lie."""
+    """Where a cell's results lie.
+
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+    """
     return study.output_dir / "cells" / f"{cell.id}.json"
 
 
 def finished(study: Study, cell: Cell) -> dict[str, Any] | None:
-    """A cell's results if they are there and of this very recipe."""
+    """A cell's results if they are there and of this very recipe.
+
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+    """
     path = result_path(study, cell)
     if not path.is_file():
         return None
@@ -48,7 +58,13 @@ def finished(study: Study, cell: Cell) -> dict[str, Any] | None:
 
 
 def recipe_inputs(study: Study, cell: Cell, device: str = "auto") -> Inputs:
-    """The inputs of a cell's recipe."""
+    """The inputs of a cell's recipe.
+
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+        device: To compute on.
+    """
     return Inputs(recipe_of(study, cell, device))
 
 

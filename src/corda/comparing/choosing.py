@@ -57,7 +57,12 @@ def choose(runs: Sequence[Mapping[str, Any]], development: str) -> Choice | None
 
 
 def further(rates: Sequence[float], end: str) -> float:
-    """The next rate beyond one end of a grid, a step of the grid away (at most 3 x)."""
+    """The next rate beyond one end of a grid, a step of the grid away (at most 3 x).
+
+    Args:
+        rates: The grid.
+        end: "low" or "high".
+    """
     ordered = sorted(rates)
     one, two = (ordered[0], ordered[1]) if end == "low" else (ordered[-2], ordered[-1])
     step = min(two / one, 3.0)
@@ -65,7 +70,12 @@ def further(rates: Sequence[float], end: str) -> float:
 
 
 def smoothed(losses: Sequence[float], window: int) -> list[float]:
-    """Mean over the last `window` values at each place; shorter at the start."""
+    """Mean over the last `window` values at each place; shorter at the start.
+
+    Args:
+        losses: In nats, one a step.
+        window: Steps.
+    """
     return [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
 
 

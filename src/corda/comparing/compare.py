@@ -58,7 +58,14 @@ def compare(
 
 
 def write(study: Study, todo: Sequence[Cell], results: dict[Cell, dict[str, Any]], facts: Any) -> dict[str, Any]:
-    """comparison.json and the page, from the results that are there."""
+    """comparison.json and the page, from the results that are there.
+
+    Args:
+        study: What was decided beforehand.
+        todo: All cells.
+        results: Cell -> its results.
+        facts: What the checks found out.
+    """
     runs = [results[cell] for cell in todo if cell in results]
     where = artifact.provenance()
     comparison: dict[str, Any] = {

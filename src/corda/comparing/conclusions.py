@@ -16,6 +16,10 @@ Runs = Sequence[Mapping[str, Any]]
 def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
     """Everything that the page says, as plain JSON.
 
+    Args:
+        study: What was decided beforehand.
+        runs: The results that are there.
+
     Returns:
         best: method -> chosen rate, whether it is inside the grid, scores and retained % there;
         fronts: keep metric -> method -> points of the front over all seeds;

@@ -64,6 +64,10 @@ def check(study: Study) -> dict[str, Any]:
 def refuse_narrow(name: str, rates: Sequence[float]) -> None:
     """Refuse a grid of learning rates that spans less than 30 x.
 
+    Args:
+        name: Of the method.
+        rates: Its grid.
+
     Raises:
         RecipeError: it does.
     """
@@ -79,6 +83,10 @@ def refuse_narrow(name: str, rates: Sequence[float]) -> None:
 
 def refuse_unshared(name: str, keys: Sequence[str]) -> None:
     """Refuse settings of one method that all have to share: data, targets, tokens, steps, schedule, evaluation.
+
+    Args:
+        name: Of the method.
+        keys: Dotted keys that it sets.
 
     Raises:
         RecipeError: names the key.
@@ -96,6 +104,10 @@ def refuse_unshared(name: str, keys: Sequence[str]) -> None:
 
 def refuse_tasks(study: Study, recipe: Recipe) -> None:
     """Refuse names of tasks or metrics that the base does not measure, and a development split that is the test.
+
+    Args:
+        study: With the names.
+        recipe: With the tasks.
 
     Raises:
         RecipeError: names the key.
@@ -125,6 +137,10 @@ def refuse_tasks(study: Study, recipe: Recipe) -> None:
 def refuse_calibrated(study: Study, recipe: Recipe) -> None:
     """Refuse a study that measures retention on nothing but the set that was calibrated on.
 
+    Args:
+        study: Names what is kept.
+        recipe: With the calibration data.
+
     Raises:
         RecipeError: a task in `unseen` is not measured, or is another split of data.keep.
     """
@@ -145,6 +161,10 @@ def refuse_calibrated(study: Study, recipe: Recipe) -> None:
 def refuse_overlapping_splits(study: Study, inputs: Inputs) -> None:
     """Refuse a development split that shares records with the test.
 
+    Args:
+        study: Names the splits.
+        inputs: With their records.
+
     Raises:
         RecipeError: it does.
     """
@@ -162,6 +182,12 @@ def refuse_overlapping_splits(study: Study, inputs: Inputs) -> None:
 def refuse_unequal(name: str, count: int, reference: int, tolerance: float) -> None:
     """Refuse a method with another number of trainable parameters.
 
+    Args:
+        name: Of the method.
+        count: Its trainable parameters.
+        reference: Those of the base's rank.
+        tolerance: Share of them that may differ.
+
     Raises:
         RecipeError: it has.
     """
@@ -176,7 +202,12 @@ def refuse_unequal(name: str, count: int, reference: int, tolerance: float) -> N
 
 
 def expected_parameters(inputs: Inputs, recipe: Recipe) -> int:
-    """Trainable parameters of rank (or budget) in every target layer."""
+    """Trainable parameters of rank (or budget) in every target layer.
+
+    Args:
+        inputs: With the target layers.
+        recipe: With rank or budget.
+    """
     per_rank = sum(spec.d_in + spec.d_out for spec in inputs.targets)
     return recipe.adapter.budget or per_rank * recipe.adapter.rank
 

@@ -40,6 +40,11 @@ def retained(metric: str, before: float, after: float) -> float:
 
     Of a loss: the probability per token against the base's, 100 exp(before - after); of a perplexity the same, as the
     ratio of the two; of an accuracy, after / before.
+
+    Args:
+        metric: Its name.
+        before: Of the base.
+        after: Of the trained model.
     """
     kind = metric.rpartition("/")[2]
     if kind == "answer_loss":
@@ -50,7 +55,13 @@ def retained(metric: str, before: float, after: float) -> float:
 
 
 def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Point]:
-    """The points of one method and seed; diverged runs have no score and so no point."""
+    """The points of one method and seed; diverged runs have no score and so no point.
+
+    Args:
+        runs: Results of one method and seed.
+        learn: "task/metric" on x.
+        keep: "task/metric" on y.
+    """
     found = []
     for run in runs:
         before, after = run["scores"].get("before", {}), run["scores"].get("after", {})
@@ -88,7 +99,12 @@ def at(curve: Sequence[Point], learn: float) -> Point | None:
 
 
 def overlap(one: Sequence[Point], two: Sequence[Point]) -> tuple[float, float] | None:
-    """The task losses that both fronts reach; None where there are none."""
+    """The task losses that both fronts reach; None where there are none.
+
+    Args:
+        one: Points of a front.
+        two: Points of another.
+    """
     if not one or not two:
         return None
     low, high = max(one[0].learn, two[0].learn), min(one[-1].learn, two[-1].learn)
@@ -96,7 +112,12 @@ def overlap(one: Sequence[Point], two: Sequence[Point]) -> tuple[float, float] |
 
 
 def mean_over(curve: Sequence[Point], span: tuple[float, float]) -> Point:
-    """The mean of a front over a range of task losses that it covers."""
+    """The mean of a front over a range of task losses that it covers.
+
+    Args:
+        curve: Points of a front.
+        span: Lowest and highest task loss.
+    """
     low, high = span
     places = [low + (high - low) * i / (_STEPS - 1) for i in range(_STEPS)]
     found = [point for place in places if (point := at(curve, min(max(place, low), high))) is not None]

@@ -42,6 +42,11 @@ def null_factors(W: Tensor, C: Tensor, rank: int, scale: float) -> tuple[Tensor,
 def null_plan(model: nn.Module, context: Context, options: AdapterOptions) -> Plan:
     """LoRA-Null's factors for every layer, to be attached like any plan.
 
+    Args:
+        model: With the weights.
+        context: With C of each input.
+        options: With the rank.
+
     Raises:
         PlanError: a rank that a layer does not allow.
     """

@@ -65,7 +65,13 @@ def frozen_rank(inputs: Inputs) -> int:
 
 
 def relative_change(model: nn.Module, reference: Tensor, probe: dict[str, Tensor]) -> float:
-    """Largest logit difference to the base before training, over the largest logit."""
+    """Largest logit difference to the base before training, over the largest logit.
+
+    Args:
+        model: With the adapter.
+        reference: The base's logits, (B, L, V).
+        probe: Keyword arguments of a forward pass, (B, L) ids among them.
+    """
     with torch.no_grad():
         logits = model(**{k: v.to(reference.device) for k, v in probe.items()}).logits
     return float((logits - reference).abs().max() / reference.abs().max())

@@ -21,6 +21,11 @@ def smoke_study(folder: Path, methods: list[str] | None = None, seeds: int = 1) 
     """A tiny study of the named methods (default: all but those in 4 bits), with its model and data in `folder`.
 
     Its numbers say nothing: the model is random. It shows that everything runs.
+
+    Args:
+        folder: Where its model, data and runs go.
+        methods: Their names.
+        seeds: How many.
     """
     artifact.make_folder(folder)
     model, data = folder / "model", folder / "data"

@@ -118,6 +118,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def parse_study(raw: Mapping[str, Any], where: str = "study") -> Study:
     """Validate a mapping as a study.
 
+    Args:
+        raw: As YAML gives it.
+        where: Its origin, named in messages.
+
     Raises:
         RecipeError: with every problem found, a suggestion for each unknown key and method.
     """
@@ -171,6 +175,11 @@ def cells(study: Study) -> list[Cell]:
 def recipe_of(study: Study, cell: Cell, device: str = "auto") -> Recipe:
     """The recipe of a cell: the base, the study's overrides, the method's settings, rate and seed.
 
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+        device: To compute on.
+
     Raises:
         RecipeError: the settings do not fit together.
     """
@@ -194,12 +203,23 @@ def shared_recipe(study: Study) -> dict[str, Any]:
 
 
 def fingerprint(study: Study, cell: Cell, data: str) -> str:
-    """Of everything that a cell's result depends on; `data` is the fingerprint of its trained stage."""
+    """Of everything that a cell's result depends on; `data` is the fingerprint of its trained stage.
+
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+        data: Fingerprint of its trained stage.
+    """
     return artifact.fingerprint("cell", study.methods[cell.name].method, data, study.learn, study.keep)
 
 
 def method_of(study: Study, cell: Cell) -> Method:
-    """The method behind a cell."""
+    """The method behind a cell.
+
+    Args:
+        study: What was decided beforehand.
+        cell: Which training.
+    """
     return method(study.methods[cell.name].method)
 
 

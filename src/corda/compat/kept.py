@@ -111,7 +111,7 @@ def of_factors(weights: Mapping[str, str], ranks: Mapping[str, int], options: Ad
 
 
 def digest(weight: Tensor) -> str:
-    """Hash of 4,096 entries spread over a weight, 16 hex digits; the same in every dtype that holds its values."""
+    """Hash of 4,096 entries of a weight of any shape, 16 hex digits; the same in every dtype that holds its values."""
     flat = weight.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel()), dtype=torch.float64).long()
     values = flat[places.to(flat.device)].float().cpu().contiguous()

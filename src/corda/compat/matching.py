@@ -60,13 +60,22 @@ def matched_layers(model: nn.Module, config: LoraConfig) -> list[LayerSpec]:
 
 
 def rank_of(config: LoraConfig, name: str) -> int:
-    """The rank that PEFT will give a layer, by its rank_pattern."""
+    """The rank that PEFT will give a layer, by its rank_pattern.
+
+    Args:
+        config: PEFT's configuration.
+        name: Full dotted name of the layer.
+    """
     rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     return rank
 
 
 def check_weights(model: nn.Module, layers: Sequence[LayerSpec]) -> None:
     """Refuse layers whose weight PEFT cannot replace by W - BA.
+
+    Args:
+        model: The model that they are in.
+        layers: Target layers.
 
     Raises:
         ModelError: a weight that is quantised, sharded or without data.

@@ -21,6 +21,11 @@ def find_blocks(body: nn.Module, model: nn.Module, layers: Sequence[LayerSpec]) 
     """Names (in `model`) and modules of the blocks, or None if the targets do not all lie in one list of blocks.
 
     The blocks are the elements of the outermost nn.ModuleList inside `body` that holds every target layer.
+
+    Args:
+        body: The decoder without its head.
+        model: The model that it is in.
+        layers: Target layers.
     """
     inside = {id(module) for module in body.modules()}
     for name, module in model.named_modules():
@@ -45,6 +50,9 @@ def block_arguments(
         index: Which one.
         inputs: Keyword arguments of the body.
         wrap: Puts hidden states into the form that a block returns.
+
+    Returns:
+        Hidden states (B, L, d), positional arguments behind them, and keyword arguments.
     """
     caught: dict[str, Any] = {}
 
@@ -69,7 +77,14 @@ def block_arguments(
 def run_block(
     block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Hidden states after a block, and how it wraps them (some return a tuple)."""
+    """Hidden states after a block, and how it wraps them (some return a tuple).
+
+    Args:
+        block: The block.
+        hidden: (B, L, d).
+        args: Positional arguments behind the hidden states.
+        kwargs: Keyword arguments.
+    """
     with torch.no_grad():
         out = block(hidden, *args, **kwargs)
     if isinstance(out, tuple):

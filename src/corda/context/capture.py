@@ -21,7 +21,12 @@ from corda.targets import LayerSpec
 
 
 def candidate(group: str, round_: int) -> str:
-    """Name of a group's covariance from one calibration round; the first round's is the group's own name."""
+    """Name of a group's covariance from one calibration round; the first round's is the group's own name.
+
+    Args:
+        group: Name of the distinct input.
+        round_: Number of the round, from 0.
+    """
     return f"{group}#{round_}" if round_ else group
 
 
@@ -50,7 +55,13 @@ class Captured:
 
     @classmethod
     def noted(cls, journal: Journal, key: str, *, verify: bool = True) -> Captured | None:
-        """A finished part of a journal, its tensors left on disk; None if it is not finished."""
+        """A finished part of a journal, its tensors left on disk; None if it is not finished.
+
+        Args:
+            journal: Where finished parts are.
+            key: The part's name.
+            verify: ?
+        """
         facts = journal.facts(key, verify=verify)
         if facts is None:
             return None
@@ -121,6 +132,12 @@ class Capture:
 
     def see_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the inputs of the experts of `name`, a module of stacked parameters, each from the tokens routed to it.
+
+        Args:
+            name: Full dotted name of the module.
+            module: Holds the stacked parameters.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
 
         Raises:
             CalibrationError: it is not called with hidden states and chosen experts of the batch's shape.

@@ -221,7 +221,7 @@ def collect_encoded(
 def collect_batches(
     model: PreTrainedModel, parts: Iterable[Batch], layers: Sequence[LayerSpec], *, skip_unseen: bool = False
 ) -> Context:
-    """`collect` for batches made by the caller, through the whole decoder body at once."""
+    """`collect` for batches made by the caller (parts), with these layers and skip_unseen, through the whole body."""
     return _finish([_whole(model, _body(model, layers), parts, layers, 0)], layers, skip_unseen, [], 1)
 
 

@@ -65,7 +65,7 @@ def feeder(model: nn.Module) -> Callable[[Batch], dict[str, Any]]:
 
 
 def fed_as_two(encoded: Sequence[Encoded], start: int) -> list[dict[str, Tensor]]:
-    """Records one by one for a model of two sequences: the prompt to the encoder, the answer to the decoder.
+    """Records one by one, (1, L) ids, for a model of two sequences: prompt to the encoder, answer to the decoder.
 
     Running text goes to both. The decoder's input is the answer shifted right by its start token.
 

@@ -23,7 +23,12 @@ _MOST = 4
 
 
 def lanes_for(layers: Sequence[LayerSpec], device: torch.device) -> int:
-    """How many batches are run side by side: torch's threads, up to 4, for narrow layers on a CPU; else one."""
+    """How many batches are run side by side: torch's threads, up to 4, for narrow layers on a CPU; else one.
+
+    Args:
+        layers: Target layers.
+        device: To compute on.
+    """
     if device.type != "cpu" or max((layer.d_in for layer in layers), default=0) > WIDTH_LIMIT:
         return 1
     return min(_MOST, torch.get_num_threads())
@@ -122,12 +127,24 @@ class Lanes(Capture):
         super().end() if mine is self else mine.end()
 
     def see(self, name: str, x: Tensor) -> None:
-        """Take an input in the lane of this thread; see `Capture.see`."""
+        """Take an input x, (..., d_in), of the layer `name` in the lane of this thread; see `Capture.see`.
+
+        Args:
+            name: Full dotted name of the layer.
+            x: Its input, (..., d_in).
+        """
         mine = self._mine()
         super().see(name, x) if mine is self else mine.see(name, x)
 
     def see_experts(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take the inputs of experts in the lane of this thread; see `Capture.see_experts`."""
+        """Take the inputs of experts in the lane of this thread; see `Capture.see_experts`.
+
+        Args:
+            name: Full dotted name of the module.
+            module: Holds the stacked parameters.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+        """
         mine = self._mine()
         see = super().see_experts if mine is self else mine.see_experts
         see(name, module, args, kwargs)

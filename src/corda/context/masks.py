@@ -20,6 +20,9 @@ def followed(model: nn.Module, capture: Capture) -> Iterator[None]:
     The model itself and any model inside of it that takes token ids or embeddings are watched, so it does not matter
     which of them is run. A pass without a mask counts what the pass around it counts, and every input where there is
     none.
+
+    Raises:
+        CalibrationError: a padded batch without a 2-D mask, whose tokens cannot be told from pads.
     """
     # Source and target have masks of their own, and cross-attention sees the one inside a pass of the other.
     two_sequences = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -61,6 +64,11 @@ def attention_mask(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     """The 2-D attention_mask among a forward pass's arguments as (B, L) bool, None if there is none.
 
     Where the mask is longer than the input, as with a key-value cache, it ends with the input's.
+
+    Args:
+        module: What is run.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
     """
     given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
     mask = given.get("attention_mask")

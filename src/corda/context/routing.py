@@ -12,7 +12,14 @@ from corda.targets import LayerSpec
 def pooled_tokens(
     layers: Sequence[LayerSpec], groups: Mapping[str, str], tokens: Mapping[str, int], rounds: Sequence[int]
 ) -> dict[str, int]:
-    """Pool -> the fewest tokens that any round brought to all of its experts together."""
+    """Pool -> the fewest tokens that any round brought to all of its experts together.
+
+    Args:
+        layers: Target layers.
+        groups: Layer name -> name of its distinct input.
+        tokens: Distinct input and round -> tokens.
+        rounds: Numbers of the rounds.
+    """
     sums: dict[str, list[int]] = {}
     for layer in layers:
         if layer.pool is not None:
@@ -25,7 +32,14 @@ def pooled_tokens(
 def few_tokens_of_experts(
     layers: Sequence[LayerSpec], groups: Mapping[str, str], tokens: Mapping[str, int], rounds: Sequence[int]
 ) -> list[str]:
-    """A warning if experts saw fewer tokens than they have inputs, in any round."""
+    """A warning if experts saw fewer tokens than they have inputs, in any round.
+
+    Args:
+        layers: Target layers.
+        groups: Layer name -> name of its distinct input.
+        tokens: Distinct input and round -> tokens.
+        rounds: Numbers of the rounds.
+    """
     experts = [layer for layer in layers if layer.pool is not None]
     fewest = {e.name: min(tokens.get(candidate(groups[e.name], r), 0) for r in rounds) for e in experts}
     few = [e.name for e in experts if fewest[e.name] < e.d_in]
@@ -40,6 +54,11 @@ def few_tokens_of_experts(
 
 def rows_a_pass(layers: Sequence[LayerSpec], batch_size: int, response_only: bool) -> int:
     """The batch size, or 1 with experts that are layers: those are handed rows without their places, so no pads then.
+
+    Args:
+        layers: Target layers.
+        batch_size: Rows asked for.
+        response_only: Only response tokens count.
 
     Raises:
         CalibrationError: only responses are to count, which such an expert cannot tell.

@@ -69,11 +69,20 @@ class Context:
 
         For experts that see what the router sees, and all of which were collected, it is the covariance of the shared
         input, because every token goes to the same number of experts.
+
+        Args:
+            pool: Name of the pool.
+            round_: Number of the round; None: all of them.
         """
         return self._pooled(pool, round_)
 
     def token_count(self, layer: str, round_: int | None = 0) -> int:
-        """Tokens behind a layer's candidate, or behind all of them together."""
+        """Tokens behind a layer's candidate, or behind all of them together.
+
+        Args:
+            layer: Full dotted name.
+            round_: Number of the round; None: all of them.
+        """
         return sum(self.tokens.get(key, 0) for key in self._candidates(layer, round_))
 
     def spec(self, layer: str) -> LayerSpec:

@@ -29,6 +29,10 @@ def patches_counted(model: PreTrainedModel, capture: Capture) -> Iterator[None]:
     """Inside, every patch of an image counts in the vision encoder and the projector, but not what pads an image.
 
     The text's own counts, in which an image is as many tokens as it has places, hold in the language model.
+
+    Args:
+        model: With its towers.
+        capture: What counts.
     """
     found = towers(model)
     handles = []
@@ -54,6 +58,10 @@ def patches_counted(model: PreTrainedModel, capture: Capture) -> Iterator[None]:
 
 def refuse_response_only(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> None:
     """Refuse to count response tokens alone where layers see patches, which belong to no response.
+
+    Args:
+        model: With its towers.
+        layers: Target layers.
 
     Raises:
         CalibrationError: such a layer is among the targets.

@@ -76,6 +76,11 @@ class Batch:
 def load_records(source: DataSource, data_dir: Path | None, seed: int) -> list[Record]:
     """Read and convert a recipe's data source.
 
+    Args:
+        source: The data set.
+        data_dir: Folder that relative files are looked up in.
+        seed: Of the sample that max_records draws.
+
     Raises:
         DataError: see `read_records` and `to_records`.
     """
@@ -95,6 +100,14 @@ def encode(
     """Tokenise a record segment by segment, so that prompt and answer never share a token; see `render`.
 
     With a processor of images and text, a record whose images do not fit into `max_length` has no tokens.
+
+    Args:
+        record: What to encode.
+        tokenizer: For the ids, the chat template and the end mark.
+        template: "plain" or "chat".
+        max_length: Longest result, in tokens; the rest is cut off.
+        shots: Solved examples put in front.
+        end: Whether the mark that ends an answer is added.
     """
     shown = [image for one in (*shots, record) for image in one.images]
     return encode_segments(render(record, tokenizer, template, shots, end=end), tokenizer, max_length, shown)
@@ -198,12 +211,22 @@ def calibration_rounds(
 
 
 def drawing_order(records: Sequence[Record], seed: int) -> Iterator[int]:
-    """Indices of all records in the order that calibration samples are drawn in."""
+    """Indices of all records in the order that calibration samples are drawn in.
+
+    Args:
+        records: Calibration records.
+        seed: Of the order.
+    """
     return iter(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 def pack(encoded: Sequence[Encoded], length: int) -> list[Encoded]:
-    """Fill windows of at most `length` tokens with whole records, in order."""
+    """Fill windows of at most `length` tokens with whole records, in order.
+
+    Args:
+        encoded: Records.
+        length: A window's, in tokens.
+    """
     windows: list[Encoded] = []
     for one in encoded:
         last = windows[-1] if windows else None
@@ -250,7 +273,14 @@ def pad_id(tokenizer: Any) -> int:
 def padded(
     rows: Sequence[Encoded], pad_token_id: int, *, response_only: bool = False, padding_side: str = "right"
 ) -> Batch:
-    """One batch of these records, in their order; see `batches`."""
+    """One batch of these records, in their order; see `batches`.
+
+    Args:
+        rows: Records as tokens.
+        pad_token_id: Filled in, and masked out of everything.
+        response_only: Only response tokens count.
+        padding_side: "right" or "left".
+    """
     width, side = max(map(len, rows)), padding_side
     ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -41,7 +41,7 @@ class Visual:
         return found
 
     def pixels(self) -> dict[str, Tensor]:
-        """What the model takes besides tokens: pixel values, sizes, masks of pixels."""
+        """What the model takes besides tokens, each (n, ...) for n images: pixel values, sizes, masks of pixels."""
         return joined([_processed(self.processor, text, images).pixels for text, _, images in self.parts() if images])
 
 
@@ -105,7 +105,7 @@ def tokens(visual: Visual) -> Tokens:
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Inputs one after the other along the first dimension, padded with zeros at the ends of the others."""
+    """Inputs one after the other along the first dimension, (n, ...), padded with zeros at the ends of the others."""
     result = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         given = [part[name] for part in parts if name in part]

@@ -36,7 +36,13 @@ def given(raw: Mapping[str, Any], folder: Path | None) -> tuple[Any, ...]:
 
 
 def files(raw: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: Path) -> dict[str, Path]:
-    """The image files that records name, by the names in the data; those that are not there are left out."""
+    """The image files that records name, by the names in the data; those that are not there are left out.
+
+    Args:
+        raw: Records as they were read.
+        columns: From a format's field to the name that the data uses.
+        folder: That the names are looked up in.
+    """
     wanted = [columns.get(name, name) for name in _COLUMNS]
     if not raw or not any(name in raw[0] for name in wanted):
         return {}

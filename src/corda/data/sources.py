@@ -18,6 +18,10 @@ _FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 def local_file(source: DataSource, data_dir: Path | None) -> Path | None:
     """The local file that a source means, or None for a Hub id.
 
+    Args:
+        source: The data set.
+        data_dir: Folder that relative files are looked up in first.
+
     Raises:
         DataError: it looks like a file but does not exist.
     """
@@ -39,6 +43,11 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
     """All records of a source as dicts; with `max_records` a sample drawn with `seed`, in the order drawn.
 
     A `part` is taken first, of an order that depends on no seed.
+
+    Args:
+        source: The data set.
+        data_dir: Folder that relative files are looked up in first.
+        seed: Of the sample that max_records draws.
 
     Raises:
         DataError: missing, empty or malformed (with the line), or the Hub cannot be reached.
@@ -63,7 +72,13 @@ def read_records(source: DataSource, data_dir: Path | None = None, seed: int = 0
 
 
 def identity(source: DataSource, data_dir: Path | None, seed: int) -> dict[str, Any]:
-    """What a source's records depend on: its settings and, for a local file, its bytes and those of its images."""
+    """What a source's records depend on: its settings and, for a local file, its bytes and those of its images.
+
+    Args:
+        source: The data set.
+        data_dir: Folder that relative files are looked up in first.
+        seed: Of the sample that max_records draws.
+    """
     path = local_file(source, data_dir)
     drawn = {"seed": seed} if source.max_records is not None else {}
     if path is None:

@@ -85,7 +85,13 @@ def facts(split: Literal["calibration", "heldout"]) -> list[dict[str, Any]]:
 
 
 def word_problems(n: int, seed: int, split: Literal["train", "test"]) -> list[dict[str, str]]:
-    """Return `n` distinct word problems of one split, the same ones for the same arguments."""
+    """Return `n` distinct word problems of one split, the same ones for the same arguments.
+
+    Args:
+        n: How many.
+        seed: Of the names and numbers in them.
+        split: "train" and "test" share none.
+    """
     rng, seen, attempts = random.Random(seed), set[str](), 0
     problems: list[dict[str, str]] = []
     while len(problems) < n:

@@ -14,7 +14,12 @@ Groups = Sequence[tuple[str, list[LayerSpec]]]
 
 
 def eigenproblem(layer: LayerSpec, mode: str) -> int:
-    """Size of the one that two contexts pose."""
+    """Size of the one that two contexts pose.
+
+    Args:
+        layer: The layer.
+        mode: contrast or dual.
+    """
     return layer.d_in if mode == "contrast" else layer.max_rank
 
 
@@ -34,7 +39,12 @@ def packed(groups: Groups) -> int:
 
 
 def makespan(costs: Sequence[float], processes: int) -> float:
-    """When the last of the processes ends, the dearest layers being given out first."""
+    """When the last of the processes ends, the dearest layers being given out first.
+
+    Args:
+        costs: Each layer's, in any unit.
+        processes: How many there are.
+    """
     loads = [0.0] * processes
     for cost in sorted(costs, reverse=True):
         heapq.heapreplace(loads, loads[0] + cost)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard
 
 
 def estimates(recipe: Recipe, profile: str, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """`estimate` for several settings of one recipe, which is rehearsed once.
+    """`estimate` for several settings of one recipe on one profile, which is rehearsed once.
 
     Raises:
         CordaError: see `estimate`.
@@ -281,7 +281,7 @@ class _Work:
 
     def _rehearsed_pass(self, run: Any, tokens: int) -> Step:
         try:
-            return run()  # type: ignore[no-any-return]
+            return cast(Step, run())
         except Exception as error:  # any model's own code
             note = f"activations counted, not rehearsed: the model does not run without values ({type(error).__name__})"
             if note not in self.facts.notes:

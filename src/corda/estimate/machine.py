@@ -67,7 +67,14 @@ PROFILES = {"h100": H100}
 
 
 def decomposition_flops(d_out: int, d_in: int, rank: int, exponent: float = 1.0) -> float:
-    """Nominal fp64 operations of one layer's decomposition, in the order of the path that `linalg.subspace` takes."""
+    """Nominal fp64 operations of one layer's decomposition, in the order of the path that `linalg.subspace` takes.
+
+    Args:
+        d_out: The layer's output features.
+        d_in: The layer's input features.
+        rank: r.
+        exponent: a in W C^a.
+    """
     n = min(d_out, d_in)
     metric = {0.0: 0.0, 0.5: d_in**3 / 3}.get(exponent, d_in**3 / 3)
     tall = float(d_out * d_in**2) if d_out > d_in else 0.0
@@ -79,7 +86,12 @@ def decomposition_flops(d_out: int, d_in: int, rank: int, exponent: float = 1.0)
 
 
 def survey_flops(d_out: int, d_in: int) -> float:
-    """Nominal fp64 operations of one layer's spectrum."""
+    """Nominal fp64 operations of one layer's spectrum.
+
+    Args:
+        d_out: The layer's output features.
+        d_in: The layer's input features.
+    """
     n = min(d_out, d_in)
     return decomposition_flops(d_out, d_in, n) - 7.0 * n**3
 
@@ -193,7 +205,12 @@ def _triangles(width: int) -> Callable[[], float]:
 
 
 def triangle_flops(d: int, tokens: float) -> float:
-    """Operations of the block rows of a triangular product: 58 % of the full one."""
+    """Operations of the block rows of a triangular product: 58 % of the full one.
+
+    Args:
+        d: Width of the input.
+        tokens: How many.
+    """
     return 2.0 * 0.583 * d * d * tokens
 
 

@@ -139,7 +139,15 @@ def evaluate(
     recipe: Recipe,
     progress: Progress = silent,
 ) -> Scores:
-    """Measure every task; the model is put in eval mode by the caller."""
+    """Measure every task; the model is put in eval mode by the caller.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its tokenizer.
+        tasks: What to measure.
+        recipe: For batch size, window, template and how many answers are kept.
+        progress: Shows how far it is.
+    """
     values: dict[str, Score] = {}
     shown: dict[str, list[dict[str, Any]]] = {}
     options, template = recipe.evaluation, recipe.data.template

@@ -81,7 +81,14 @@ def exact_match(
 
 
 def prompt(record: Record, tokenizer: Any, template: Template, shots: Sequence[Record] = ()) -> Encoded:
-    """A record up to its answer, with its images."""
+    """A record up to its answer, with its images.
+
+    Args:
+        record: What to ask.
+        tokenizer: Or the processor of a model with images.
+        template: "plain" or "chat".
+        shots: Solved examples in front.
+    """
     text = "".join(segment.text for segment in render(record, tokenizer, template, shots)[:-1])
     shown = [image for one in (*shots, record) for image in one.images]
     return encode_segments([Segment(text, False)], tokenizer, shown=shown)
@@ -130,7 +137,8 @@ def generate(
         rows = order[start : start + batch_size]
         batch = padded([given[i] for i in rows], pad, padding_side="left").to(device)
         width = batch.input_ids.shape[1]
-        out = model.generate(  # type: ignore[operator]
+        whole: Any = model
+        out = whole.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             generation_config=config,
@@ -152,7 +160,12 @@ def normalise(text: str) -> str:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: chat models often have one for the turn besides the tokenizer's own."""
+    """Every token that ends an answer: chat models often have one for the turn besides the tokenizer's own.
+
+    Args:
+        model: With its generation config.
+        tokenizer: With its end mark.
+    """
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = known if isinstance(known, list) else [known]
     return sorted({int(token) for token in (*known, tokenizer_of(tokenizer).eos_token_id) if token is not None})

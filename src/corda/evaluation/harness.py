@@ -82,7 +82,12 @@ def harness_scores(
 
 
 def flattened(results: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The harness's "metric,filter" and "metric_stderr,filter" per task as "task/metric" -> value, stderr and n."""
+    """The harness's "metric,filter" and "metric_stderr,filter" per task as "task/metric" -> value, stderr and n.
+
+    Args:
+        results: Task -> what the harness says of it.
+        counts: Task -> records.
+    """
     scores: dict[str, dict[str, Any]] = {}
     for task, values in results.items():
         n = counts.get(task, {}).get("effective")

@@ -20,7 +20,15 @@ from corda.sharding import device_of
 def token_losses(
     model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
 ) -> list[Tensor]:
-    """Negative log-likelihood in nats of every response token, one 1-D fp32 tensor per record, in order given."""
+    """Negative log-likelihood in nats of every response token, one 1-D fp32 tensor per record, in order given.
+
+    Args:
+        model: Any causal language model.
+        encoded: Records as tokens.
+        pad_token_id: Of pads, which never count.
+        batch_size: Rows per forward pass; does not change the result.
+        progress: Shows how far it is.
+    """
     device = device_of(model)
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     losses: list[Tensor] = [torch.empty(0)] * len(encoded)
@@ -53,7 +61,15 @@ def token_losses(
 def answer_loss(
     model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
 ) -> Score:
-    """Mean loss per response token, in nats; the standard error is over records, long ones weighing more."""
+    """Mean loss per response token, in nats; the standard error is over records, long ones weighing more.
+
+    Args:
+        model: Any causal language model.
+        encoded: Records as tokens.
+        pad_token_id: Of pads, which never count.
+        batch_size: Rows per forward pass; does not change the result.
+        progress: Shows how far it is.
+    """
     losses = token_losses(model, encoded, pad_token_id, batch_size, progress)
     return ratio([float(loss.double().sum()) for loss in losses], [float(loss.numel()) for loss in losses])
 
@@ -71,6 +87,15 @@ def perplexity(
 
     Each window's first token has no context and does not count. The standard error is that of the loss, times the
     perplexity.
+
+    Args:
+        model: Any causal language model.
+        tokenizer: Its tokenizer.
+        records: Running texts.
+        pad_token_id: Of pads, which never count.
+        batch_size: Rows per forward pass; does not change the result.
+        window: Tokens per window.
+        progress: Shows how far it is.
     """
     text = "".join(record.response for record in records)
     ids = encode_segments([Segment(text, True)], tokenizer).ids
@@ -93,6 +118,15 @@ def choice_accuracy(
     """Share of records whose right choice has the highest likelihood per byte (lm-eval's acc_norm).
 
     Where the context has a gap "_" (WinoGrande), each choice is put into it and what follows the gap is scored.
+
+    Args:
+        model: Any causal language model.
+        tokenizer: Its tokenizer.
+        records: With choices and the right one's index.
+        pad_token_id: Of pads, which never count.
+        batch_size: Rows per forward pass; does not change the result.
+        prompt: Holds {context}.
+        progress: Shows how far it is.
     """
     encoded: list[Encoded] = []
     lengths: list[int] = []

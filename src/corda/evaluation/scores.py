@@ -51,7 +51,11 @@ def mean(values: Sequence[float]) -> Score:
 
 
 def ratio(sums: Sequence[float], weights: Sequence[float]) -> Score:
-    """Σ sums / Σ weights, with the standard error of that ratio over records (linearised)."""
+    """Σ sums / Σ weights, with the standard error of that ratio over records (linearised).
+
+    Raises:
+        DataError: there is no record, or the weights sum to 0.
+    """
     n, total = len(sums), sum(weights)
     if n == 0 or total == 0:
         raise DataError("nothing to measure", got=f"{n} records", expected="at least one with an answer")

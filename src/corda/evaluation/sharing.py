@@ -13,7 +13,12 @@ _GENERATION = 8  # times what a loss costs
 
 
 def dealt_tasks(tasks: Sequence[Task], processes: Processes) -> list[Task]:
-    """This process's share: whole metrics, so that every score is the one that a single process gives."""
+    """This process's share: whole metrics, so that every score is the one that a single process gives.
+
+    Args:
+        tasks: All of them.
+        processes: How many there are and which one this is.
+    """
     pairs = [(number, metric) for number, task in enumerate(tasks) for metric in task.options.metrics]
     costs = [len(tasks[n].records) * (_GENERATION if m == "exact_match" else 1) for n, m in pairs]
     owner = by_cost(costs, processes.size)
@@ -26,7 +31,13 @@ def dealt_tasks(tasks: Sequence[Task], processes: Processes) -> list[Task]:
 
 
 def together(own: Scores, tasks: Sequence[Task], processes: Processes) -> Scores:
-    """The scores of all processes, in the order of the tasks."""
+    """The scores of all processes, in the order of the tasks.
+
+    Args:
+        own: This process's scores.
+        tasks: All of them.
+        processes: How many there are and which one this is.
+    """
     if processes.size == 1:
         return own
     parts = [Scores.from_json(part) for part in processes.hear(own.as_json())]

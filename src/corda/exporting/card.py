@@ -111,7 +111,12 @@ def hub_card(known: CardFacts, options: ExportOptions) -> str:
 
 
 def load_snippet(known: CardFacts, options: ExportOptions) -> str:
-    """Three lines of Python that load the export, fenced."""
+    """Three lines of Python that load the export, fenced.
+
+    Args:
+        known: For the base and whether it takes images.
+        options: For form and place of the export.
+    """
     loader = "AutoModelForImageTextToText" if known.images else "AutoModelForCausalLM"
     original = known.base if hub_id(known.base) or Path(known.base).is_dir() else "path/to/the/base/model"
     place = options.push_to_hub or _PLACE

@@ -30,7 +30,12 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
-    """Logits on the probe, (B, L, V) or a classifier's (B, classes), fp32, on the CPU; without a head hidden states."""
+    """Logits on the probe, (B, L, V) or a classifier's (B, classes), fp32, on the CPU; without a head hidden states.
+
+    Args:
+        model: Any causal language model.
+        probe: Keyword arguments of a forward pass, (B, L) ids among them.
+    """
     device = device_of(model)
     out = model(**{name: value.to(device) for name, value in probe.items()})
     logits = out.logits if hasattr(out, "logits") else out.last_hidden_state
@@ -39,8 +44,9 @@ def probe_logits(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
 
 
 def spread_probe(model: nn.Module) -> dict[str, Tensor]:
-    """2 x 32 token ids spread evenly over the vocabulary."""
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    """(2, 32) token ids spread evenly over the vocabulary."""
+    whole: Any = model
+    embeddings = whole.get_input_embeddings()
     ids = torch.linspace(0, embeddings.weight.shape[0] - 1, 64).long().reshape(2, 32)
     probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -77,6 +83,12 @@ def allowed(base: PreTrainedModel, names: Iterable[str], probe: Mapping[str, Ten
 def confirm(reloaded: Tensor, expected: Tensor, tolerance: float, where: Path) -> float:
     """max |reloaded - expected| / max |expected|, where that is small enough.
 
+    Args:
+        reloaded: Logits (..., vocabulary).
+        expected: Of the same shape.
+        tolerance: Largest value that is no error.
+        where: The export, for messages.
+
     Raises:
         CheckError: it is not.
     """
@@ -109,6 +121,10 @@ def added(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     """Inside, each named layer's output is increased by B A x, computed in fp32; independent of PEFT.
 
     B A of an expert of a stacked parameter is added to its weight instead, and taken out again with its very bits.
+
+    Args:
+        model: The base.
+        factors: Full dotted layer name -> A (k, d_in) and B (d_out, k).
     """
 
     def hook(pair: Factors) -> Hook:
@@ -145,7 +161,12 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 
 def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path | str], PreTrainedModel]:
-    """What loads a model from its folder as its users do, in the dtype and on the device of another."""
+    """What loads a model from its folder as its users do, in the dtype and on the device of another.
+
+    Args:
+        like: Gives dtype, device and class.
+        task_type: PEFT's.
+    """
     ours = type(like).__module__.startswith("transformers.")
     loader = architectures.loader(like.config) if ours and task_type == "CAUSAL_LM" else type(like)
     dtype, device = like.dtype, like.device

@@ -145,6 +145,10 @@ def read_adapter(folder: Path) -> Saved:
 def subtract_all(saved: Saved, start: Mapping[str, Factors]) -> dict[str, Factors]:
     """s B A - s0 B0 A0 for every layer, rank 2r.
 
+    Args:
+        saved: The trained adapter.
+        start: Layer name -> A (r, d_in) and B (d_out, r) of its start.
+
     Raises:
         AdapterError: the two adapters have other layers or shapes.
     """

@@ -123,7 +123,12 @@ def write_checked(
 
 
 def finished(folder: Path, fingerprint: str) -> Exported | None:
-    """The export in a folder, where it depends on the same and no file but its card was changed since."""
+    """The export in a folder, where it depends on the same and no file but its card was changed since.
+
+    Args:
+        folder: Where it may lie.
+        fingerprint: Of all that it has to depend on.
+    """
     if not (folder / artifact.MANIFEST).is_file():
         return None
     found = artifact.read(folder, _KIND, verify=False)
@@ -142,6 +147,10 @@ def finished(folder: Path, fingerprint: str) -> Exported | None:
 
 def published(done: Exported, options: ExportOptions) -> Exported:
     """The export, uploaded to the Hub where its options ask for that and it has not been yet.
+
+    Args:
+        done: A checked export.
+        options: Name the repository.
 
     Raises:
         ResourceError: the upload failed.

@@ -104,7 +104,14 @@ class Exported:
 
 
 def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
-    """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`."""
+    """A plain LoRA on the original base: exact and of rank 2r, or the best approximation of rank `options.rank`.
+
+    Args:
+        work: What to write.
+        folder: Where it will lie.
+        temporary: Where it is written to until it is checked.
+        options: How.
+    """
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     factors, compression = update.added, None
@@ -140,7 +147,14 @@ def lora(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> E
 
 
 def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
-    """The papers' form: the model W - s B0 A0 in the folder, and the rank-r adapter s B A in `adapter/` inside it."""
+    """The papers' form: the model W - s B0 A0 in the folder, and the rank-r adapter s B A in `adapter/` inside it.
+
+    Args:
+        work: What to write.
+        folder: Where it will lie.
+        temporary: Where it is written to until it is checked.
+        options: How.
+    """
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     shift_weights(fresh, update.start, -1)
@@ -164,7 +178,14 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
 
 
 def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) -> Exported:
-    """Full weights W + s (B A - B0 A0), summed in fp32 and rounded once to the base's dtype."""
+    """Full weights W + s (B A - B0 A0), summed in fp32 and rounded once to the base's dtype.
+
+    Args:
+        work: What to write.
+        folder: Where it will lie.
+        temporary: Where it is written to until it is checked.
+        options: How.
+    """
     fresh, update = work.fresh_base(), work.update
     tolerance, dtype = agreed_tolerance(fresh, work, options), fresh.dtype
     shift_weights(fresh, update.added)
@@ -186,13 +207,25 @@ FORMS: dict[str, Callable[[Work, Path, Path, ExportOptions], Exported]] = {
 
 
 def with_update(base: PreTrainedModel, factors: Mapping[str, Factors], probe: Mapping[str, Tensor]) -> Tensor:
-    """Logits of the base with an update that is computed without PEFT."""
+    """Logits of the base with an update that is computed without PEFT.
+
+    Args:
+        base: The original base.
+        factors: Full dotted layer name -> A (k, d_in) and B (d_out, k).
+        probe: Keyword arguments of a forward pass, (B, L) ids among them.
+    """
     with added(base, factors):
         return probe_logits(base, probe)
 
 
 def agreed_tolerance(fresh: PreTrainedModel, work: Work, options: ExportOptions) -> float:
-    """What a reloaded logit may be off by: as asked, or by the base's dtype."""
+    """What a reloaded logit may be off by: as asked, or by the base's dtype.
+
+    Args:
+        fresh: The original base.
+        work: What is written.
+        options: With a tolerance, if it is set by hand.
+    """
     for name in work.update.added:
         layer_of(fresh, name)
     return options.tolerance or allowed(fresh, work.update.added, work.probe)

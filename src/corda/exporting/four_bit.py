@@ -30,6 +30,12 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
     """What was trained, bit for bit: Q(W - s B0 A0) as a 4-bit checkpoint, and in `adapter/` s B A.
 
     A frozen correction is stacked onto the adapter, whose rank grows by it.
+
+    Args:
+        work: What to write.
+        folder: Where it will lie.
+        temporary: Where it is written to until it is checked.
+        options: How.
     """
     live: Any = work.live.get_base_model()
     artifact.need_disk(folder, size_of(live))
@@ -56,6 +62,12 @@ def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) ->
 
     What corrects the error of 4 bits is left out: these weights do not have it. Peak memory is one model in full
     precision beside the 4-bit one.
+
+    Args:
+        work: What to write.
+        folder: Where it will lie.
+        temporary: Where it is written to until it is checked.
+        options: How.
     """
     fresh, note = work.fresh_base(), _IN_FULL
     if any(is_4bit(module) for module in fresh.modules()):

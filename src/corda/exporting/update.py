@@ -92,7 +92,13 @@ class Compression:
     tokens: int = 0
 
     def measured(self, difference: float, records: int, tokens: int) -> Compression:
-        """The same with what it does to the logits."""
+        """The same with what it does to the logits.
+
+        Args:
+            difference: Largest relative difference of a logit.
+            records: Records that it was measured on.
+            tokens: Tokens in them.
+        """
         return replace(self, max_relative_logit_difference=difference, records=records, tokens=tokens)
 
 
@@ -143,23 +149,43 @@ def is_requantised(model: PeftModel) -> bool:
 
 
 def stack(one: Factors, other: Factors) -> Factors:
-    """Factors of the sum of two terms."""
+    """Factors of the sum of two terms.
+
+    Args:
+        one: Factors of a term.
+        other: Of the same layer.
+    """
     return Factors(torch.cat([one.A, other.A]), torch.cat([one.B, other.B], dim=1))
 
 
 def subtract(now: Factors, start: Factors) -> Factors:
-    """Factors of the difference of two terms of the same shapes, rank 2r; see `compress.difference`."""
+    """Factors of the difference of two terms of the same shapes, rank 2r; see `compress.difference`.
+
+    Args:
+        now: s B A.
+        start: s B0 A0.
+    """
     return Factors(*compress.difference(now.A, now.B, start.A, start.B))
 
 
 def approximate(added: Mapping[str, Factors], rank: int) -> tuple[dict[str, Factors], Compression]:
-    """Every layer's best approximation of rank min(k, its own), with what is lost."""
+    """Every layer's best approximation of rank min(k, its own), with what is lost.
+
+    Args:
+        added: Layer name -> A (k, d_in) and B (d_out, k).
+        rank: The largest rank left.
+    """
     found = {name: compress.truncate(*factors, rank) for name, factors in added.items()}
     return {name: Factors(one.A, one.B) for name, one in found.items()}, account(found, rank)
 
 
 def account(found: Mapping[str, compress.Truncated], rank: int) -> Compression:
-    """The lost energy of approximations, per layer, the worst and in total."""
+    """The lost energy of approximations, per layer, the worst and in total.
+
+    Args:
+        found: Layer name -> its approximation.
+        rank: The rank asked for.
+    """
     shares = {name: compress.share(one.lost, one.energy) for name, one in found.items()}
     worst = max(shares, key=lambda name: shares[name])
     total = compress.share(sum(one.lost for one in found.values()), sum(one.energy for one in found.values()))

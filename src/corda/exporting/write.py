@@ -125,6 +125,11 @@ def write_model(
 def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: int = 1) -> float | None:
     """W ± B A for each named layer, in place, summed in fp32 and rounded once to the weight's dtype.
 
+    Args:
+        model: Changed in place.
+        factors: Full dotted layer name -> A (k, d_in) and B (d_out, k).
+        sign: 1 or -1.
+
     Returns:
         Share of ±B A that the weights hold afterwards: Σ ⟨W_after - W_before, ±B A⟩ / Σ ‖B A‖²_F; None without any.
 
@@ -161,6 +166,10 @@ def shift_weights(model: PreTrainedModel, factors: Mapping[str, Factors], sign: 
 
 def layer_of(model: nn.Module, name: str) -> Any:
     """The module that has the layer of that full dotted name.
+
+    Args:
+        model: The model.
+        name: Full dotted name.
 
     Raises:
         AdapterError: there is none.

@@ -60,6 +60,10 @@ def check_ranks_by_hand(specs: Sequence[LayerSpec], options: AdapterOptions, rou
 def with_ranks_by_hand(layers: Mapping[str, LayerPlan], options: AdapterOptions) -> tuple[dict[str, LayerPlan], str]:
     """Put the ranks by hand over those that were allocated, and say in one sentence what that changed, if anything.
 
+    Args:
+        layers: Layer name -> what was allocated.
+        options: With ranks and budget.
+
     Raises:
         PlanError: the result has more parameters than `adapter.budget`.
     """
@@ -77,12 +81,23 @@ def with_ranks_by_hand(layers: Mapping[str, LayerPlan], options: AdapterOptions)
 
 
 def by_hand(options: AdapterOptions, layer: str) -> LayerRank:
-    """What is set by hand for a layer; of a layer that is not named, nothing."""
+    """What is set by hand for a layer; of a layer that is not named, nothing.
+
+    Args:
+        options: With ranks.
+        layer: Full dotted name.
+    """
     return options.ranks.get(layer, _NOTHING)
 
 
 def round_by_hand(options: AdapterOptions, layer: str, otherwise: int | None) -> int | None:
-    """The round set by hand, None for all of them pooled; where there is none, `otherwise`."""
+    """The round set by hand, None for all of them pooled; where there is none, `otherwise`.
+
+    Args:
+        options: With ranks.
+        layer: Full dotted name.
+        otherwise: The round without a hand.
+    """
     given = by_hand(options, layer).round
     return otherwise if given is None else None if given == "all" else given
 

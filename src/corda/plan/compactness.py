@@ -75,6 +75,10 @@ def compactness(
 def from_spectrum(spectrum: Tensor, d_out: int) -> Compactness:
     """π with the extreme singular values of W C instead of C, the paper's other reading.
 
+    Args:
+        spectrum: (n,) singular values of W C, ascending.
+        d_out: Output features.
+
     Raises:
         ValueError: the smallest is 0.
     """

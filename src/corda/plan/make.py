@@ -141,6 +141,10 @@ def make_plan(
 def uniform_rank(specs: Sequence[LayerSpec], options: AdapterOptions) -> int:
     """The rank of every layer under uniform allocation: the largest that a budget allows, or the rank itself.
 
+    Args:
+        specs: The layers.
+        options: With rank and budget.
+
     Raises:
         PlanError: larger than a layer allows, or a budget below one per layer.
     """

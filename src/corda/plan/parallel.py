@@ -101,10 +101,11 @@ def each_shared(
         return dict(zip(own, progress(together(), what, len(own)), strict=True))
 
     def together() -> Iterator[Result]:
+        brought: Any = bring
         for turn in range(max(map(len, shares))):
             for rank, share in enumerate(shares):
                 if turn < len(share):
-                    bring(items[share[turn]], rank == processes.rank)  # type: ignore[misc]
+                    brought(items[share[turn]], rank == processes.rank)
             if turn < len(own):
                 yield work(items[own[turn]])
 

@@ -24,7 +24,7 @@ class Part:
     weighed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named(self) -> dict[str, Tensor]:
-        """Every tensor by a name of its own."""
+        """Every tensor by a name of its own: A (r, d_in), B (d_out, r), spectrum (n,) and what else there is."""
         tensors = {"A": self.A, "B": self.B, "spectrum": self.spectrum}
         tensors |= {f"weighed_{kind}": tensor.clone() for kind, tensor in self.weighed.items()}
         for kind, pair in (("removed", self.removed), ("correction", self.correction)):
@@ -34,7 +34,12 @@ class Part:
 
     @classmethod
     def noted(cls, layer: LayerPlan, tensors: Mapping[str, Tensor]) -> Part:
-        """Inverse of `named`."""
+        """Inverse of `named`.
+
+        Args:
+            layer: What is known of it.
+            tensors: As `named` gives them, with their shapes.
+        """
 
         def pair(kind: str) -> Factors | None:
             key = f"{layer.name}.{kind}"

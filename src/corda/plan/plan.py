@@ -141,7 +141,12 @@ def scaling(options: AdapterOptions, rank: int) -> float:
 
 
 def corrected(options: AdapterOptions, four_bit: bool) -> Correction:
-    """What is done about the error of 4 bits: as asked, else by mode where a residual base is quantised."""
+    """What is done about the error of 4 bits: as asked, else by mode where a residual base is quantised.
+
+    Args:
+        options: Of the adapter.
+        four_bit: Whether the base is held in 4 bits.
+    """
     quantised = four_bit and options.has_start and options.form(four_bit) == "residual"
     return options.correction or ("none" if not quantised else "fit" if options.mode == "ipm" else "frozen")
 
@@ -157,6 +162,10 @@ def layer_from_json(raw: Mapping[str, Any]) -> LayerPlan:
 
 def check_ranks(layers: Sequence[LayerSpec], ranks: Mapping[str, int]) -> None:
     """Refuse ranks that some layer does not allow.
+
+    Args:
+        layers: The layers.
+        ranks: Layer name -> rank.
 
     Raises:
         PlanError: names the layer that is furthest off and its largest rank.
@@ -176,6 +185,13 @@ def save(
     plan: Plan, folder: Path, fingerprint: str, parents: Mapping[str, str], extra: Mapping[str, Any]
 ) -> artifact.Artifact:
     """Write plan.json, factors.safetensors, spectra.safetensors and, in dual and contrast, weighed.safetensors.
+
+    Args:
+        plan: What to write.
+        folder: Where to.
+        fingerprint: Of all that it depends on.
+        parents: Stage -> fingerprint of what it was made from.
+        extra: More entries of the manifest.
 
     Raises:
         ResourceError: not enough space.

@@ -96,6 +96,12 @@ class Shared:
     ) -> list[Result]:
         """work(input, layers) of all items, in order; `layers` are LayerSpecs or pairs that begin with one.
 
+        Args:
+            work: What to do with an input.
+            items: (input, layers).
+            what: Named beside the bar.
+            form: How results travel between processes.
+
         Raises:
             CordaError: what work raised in any process.
         """

@@ -29,7 +29,13 @@ def covariance(context: Context, layer: str, round_: int | None, prior: float | 
 
 
 def pooled_share(layer: LayerSpec, tokens: int, prior: float | None) -> float:
-    """k / (T + k), the weight of C_pool; 0 for a layer that every token reaches."""
+    """k / (T + k), the weight of C_pool; 0 for a layer that every token reaches.
+
+    Args:
+        layer: The layer.
+        tokens: T, those that reached it.
+        prior: k, in tokens; None: none.
+    """
     if layer.pool is None:
         return 0.0
     k = float(layer.d_in) if prior is None else prior

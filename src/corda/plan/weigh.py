@@ -74,6 +74,13 @@ def all_thetas(
 ) -> list[Tensor]:
     """Every θ of every layer, best first, (n,) fp64 on the CPU, for the allocation of ranks.
 
+    Args:
+        specs: Layers that share their input.
+        weights: Each one's (d_out, d_in).
+        task: C of the task, (d_in, d_in).
+        knowledge: C of the knowledge, (d_in, d_in).
+        options: With adapter.mu and the mode.
+
     Raises:
         PlanError: see `weigh`.
     """
@@ -124,6 +131,11 @@ def ranks_by_theta(
     layers: Mapping[str, LayerPlan], thetas: Mapping[str, Tensor], options: AdapterOptions
 ) -> dict[str, LayerPlan]:
     """The layers with ranks by θ per parameter under the options' budget.
+
+    Args:
+        layers: Layer name -> what is known of it.
+        thetas: Layer name -> (n,) θ, best first.
+        options: With budget, floor and cap.
 
     Raises:
         PlanError: the budget is below the floor of ranks.

@@ -18,6 +18,10 @@ from corda.report.html import cell, figure, row, section, table, write_document
 def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     """Write the page; it appears whole or not at all.
 
+    Args:
+        comparison: The content of comparison.json.
+        path: The file.
+
     Raises:
         ResourceError: no space.
     """

@@ -28,7 +28,12 @@ def differences_section(runs: Sequence[Run]) -> str:
 
 
 def flatten(raw: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
-    """Dotted keys to values that are no mappings."""
+    """Dotted keys to values that are no mappings.
+
+    Args:
+        raw: Mappings in mappings.
+        inside: Dotted key of `raw` itself.
+    """
     found: dict[str, Any] = {}
     for key, value in raw.items():
         full = f"{inside}.{key}" if inside else key

@@ -152,7 +152,12 @@ def thin(n: int, rank: int, mode: str, points: int = _SPECTRUM_POINTS) -> tuple[
 
 
 def layer_map(run: Run, what: Quantity) -> go.Figure:
-    """Blocks by module types, coloured by rank, share of energy adapted, log π, or the calibration round taken."""
+    """Blocks by module types, coloured by rank, share of energy adapted, log π, or the calibration round taken.
+
+    Args:
+        run: The run.
+        what: What the colour means.
+    """
     places = locate([layer["name"] for layer in run.layers])
     columns = list(dict.fromkeys(module for _, module in places))
     rows = sorted({block for block, _ in places}, key=lambda b: (b == "-", int(b) if b != "-" else 0))

@@ -18,7 +18,12 @@ _WINDOW = 10  # a tenth of the steps
 
 
 def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
-    """Every run a point: the task's score on x, the retained set's change on y; lines join each method's front."""
+    """Every run a point: the task's score on x, the retained set's change on y; lines join each method's front.
+
+    Args:
+        comparison: The content of comparison.json.
+        keep: "task/metric" on y.
+    """
     figure = go.Figure()
     learn = comparison["study"]["learn"]
     for number, (name, label) in enumerate(comparison["labels"].items()):

@@ -56,14 +56,25 @@ def section(title: str, *parts: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[str], *, numbers: bool = True) -> str:
-    """A table that scrolls where it is too wide; `numbers` right-aligns all heads but the first."""
+    """A table that scrolls where it is too wide; `numbers` right-aligns all heads but the first.
+
+    Args:
+        head: Titles of the columns.
+        rows: From `row`.
+        numbers: Whether they are numbers.
+    """
     kind = ' class="number"' if numbers else ""
     cells = "".join(f"<th{kind if i else ''}>{escape(text)}</th>" for i, text in enumerate(head))
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def row(name: str, cells: Sequence[str]) -> str:
-    """A row of `table`."""
+    """A row of `table`.
+
+    Args:
+        name: Its head.
+        cells: HTML of the others.
+    """
     return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
 
 
@@ -73,12 +84,23 @@ def cell(content: str) -> str:
 
 
 def figure(name: str, drawn: go.Figure, caption: str) -> str:
-    """A plotly figure under an id of its own; page.js draws it."""
+    """A plotly figure under an id of its own; page.js draws it.
+
+    Args:
+        name: The id.
+        drawn: What to draw.
+        caption: Text below it.
+    """
     plot = f'<div id="{name}" data-figure="{name}-data" style="min-height:{drawn.layout.height}px"></div>'
     return f"<figure>{plot}<figcaption>{escape(caption)}</figcaption></figure>{data(f'{name}-data', drawn.to_json())}"
 
 
 def data(name: str, text: str) -> str:
-    """JSON for page.js."""
+    """JSON for page.js.
+
+    Args:
+        name: The id.
+        text: JSON.
+    """
     safe = text.replace("<", "\\u003c")  # so that no content can end the script element
     return f'<script type="application/json" id="{name}">{safe}</script>'

@@ -48,7 +48,12 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def position(key: str, run: Run) -> tuple[bool, str, int]:
-    """Sorts a run's scores: what is to be learnt first, then by task and metric."""
+    """Sorts a run's scores: what is to be learnt first, then by task and metric.
+
+    Args:
+        key: "task/metric".
+        run: The run that has it.
+    """
     task, name = split_key(key)
     keep = run.results["recipe"]["evaluation"]["tasks"][task]["measures"] == "keep"
     return keep, task, list(METRICS).index(name) if name in METRICS else len(METRICS)

@@ -31,7 +31,12 @@ def short_name(results: dict[str, Any]) -> str:
 
 
 def format_score(metric: str, score: dict[str, Any]) -> str:
-    """Value ± standard error in the metric's unit."""
+    """Value ± standard error in the metric's unit.
+
+    Args:
+        metric: Its name.
+        score: Value and stderr.
+    """
     factor, digits = (100, 1) if metric in _PERCENT else (1, 3)
     return f"{score['value'] * factor:.{digits}f} ± {score['stderr'] * factor:.{digits}f}"
 
