@@ -53,9 +53,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 PROCESSES = (1, 8, 64)
 PLACEMENTS = ("whole", "sharded", "off-loaded")  # of the weights, in order of preference
 STEPS = 1000
+LAYERS = {"Mixtral-8x22B": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # of the others, all
 
 
-def recipe(folder: Path) -> Any:
+def recipe(folder: Path, layers: str | list[str]) -> Any:
     """256 x 2,048 calibration tokens, rank 128, training with gradient checkpointing on rows of 2,048 tokens."""
     return parse_recipe(
         {
@@ -63,7 +64,7 @@ def recipe(folder: Path) -> Any:
             "model": {"model_name_or_path": str(folder)},
             "data": {"keep": "keep.jsonl", "learn": "learn.jsonl", "max_length": 2048},
             "context": {"samples": 256, "pack_to": 2048, "batch_size": 1},
-            "adapter": {"mode": "kpm", "rank": 128},
+            "adapter": {"mode": "kpm", "rank": 128, "target_modules": layers},
             "training": {
                 "per_device_train_batch_size": 1,
                 "gradient_checkpointing": True,
@@ -87,7 +88,13 @@ def rows_of(name: str, folder: Path) -> list[dict[str, Any]]:
         for placement in PLACEMENTS
         if processes > 1 or placement != "sharded"
     }
-    found = dict(zip(settings, estimates(recipe(folder), "h100", list(settings.values())), strict=True))
+    found = dict(
+        zip(
+            settings,
+            estimates(recipe(folder, LAYERS.get(name, "all-linear")), "h100", list(settings.values())),
+            strict=True,
+        )
+    )
     rows = []
     for processes in PROCESSES:
         own = {placement: found[p, placement] for p, placement in settings if p == processes}
