@@ -159,6 +159,7 @@ def main() -> None:
     together = [max(pair) for pair in zip(first, second, strict=True)]
     report = {
         "name": "shared-out",
+        "device": "cpu",
         "recorded": costs,
         "times faster, simulated": simulated(rate),
         "measured": {

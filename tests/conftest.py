@@ -73,6 +73,15 @@ def model(pico: Path) -> Any:
 
 
 @pytest.fixture
+def one_thread() -> Any:
+    """torch with one thread, where bits are compared: how batches are run side by side depends on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def tokenizer(pico: Path) -> Any:
     return AutoTokenizer.from_pretrained(pico)
 

@@ -351,7 +351,9 @@ def test_defect_20_a_4bit_base(pico, tokenizer, texts, tmp_path, base):
         assert relative_difference(logits(reloaded), logits(wrapped)) < 1e-5
 
 
-def test_defect_21_models_that_are_spread_over_devices_or_processes(pico, model, tokenizer, texts, tmp_path):
+def test_defect_21_models_that_are_spread_over_devices_or_processes(
+    pico, model, tokenizer, texts, tmp_path, one_thread
+):
     """device_map with a part on disk, FSDP2 (here in a group of one; of two in test_distributed.py), and ZeRO-3."""
     context = collect(model, tokenizer, texts)
     plan = make_plan(model, context, rank=4)

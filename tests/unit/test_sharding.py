@@ -66,7 +66,7 @@ def test_a_spread_model_in_several_processes_is_refused(raw_recipe):
         stages.check()
 
 
-def test_a_run_with_a_part_of_the_model_on_disk_is_the_run_in_memory(raw_recipe, tmp_path):
+def test_a_run_with_a_part_of_the_model_on_disk_is_the_run_in_memory(raw_recipe, tmp_path, one_thread):
     plain = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "plain")}))
     where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     where |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
