@@ -94,13 +94,15 @@ def test_libraries_that_hide_the_systems_error_are_understood(tmp_path):
 def test_a_real_limit_on_the_size_of_files(tmp_path):
     """RLIMIT_FSIZE in a forked child, as a quota does it: safetensors writes in Rust."""
 
+    values = torch.zeros(100_000)
+
     def attempt():
         import resource
         import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        Journal(tmp_path / "j", "k").put("one", {"x": torch.zeros(100_000)}, {})
+        Journal(tmp_path / "j", "k").put("one", {"x": values}, {})
 
     assert "ResourceError: the disk is full" in forked(attempt)
     assert Journal(tmp_path / "j", "k").facts("one") is None
@@ -178,6 +180,7 @@ def forked(attempt) -> str:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # the parent's threads are not in the child, which would wait for them
         said = "fine"
         try:
             attempt()
