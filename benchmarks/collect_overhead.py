@@ -16,7 +16,8 @@ from init_smollm2 import windows
 
 from corda import models
 from corda.context.accumulator import Accumulator
-from corda.context.collect import collect_encoded, model_inputs
+from corda.context.collect import collect_encoded
+from corda.context.feeding import model_inputs
 from corda.data.batches import batches
 from corda.recipe import ModelOptions
 from corda.targets import find_targets

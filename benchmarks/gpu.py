@@ -23,7 +23,8 @@ from harness import record, summary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from corda.context.accumulator import Accumulator
-from corda.context.collect import collect_encoded, model_inputs
+from corda.context.collect import collect_encoded
+from corda.context.feeding import model_inputs
 from corda.data.batches import Encoded, batches
 from corda.journal import Journal
 from corda.metric import full_precision
