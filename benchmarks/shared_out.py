@@ -157,6 +157,7 @@ def main() -> None:
     (alone,) = in_processes(in_one, args.repetitions, size=1, seconds=600)
     first, second = in_processes(in_two, args.repetitions, size=2, seconds=600)
     together = [max(pair) for pair in zip(first, second, strict=True)]
+    where = artifact.provenance()
     report = {
         "name": "shared-out",
         "device": "cpu",
@@ -168,7 +169,8 @@ def main() -> None:
             "two": together,
             "times faster": statistics.median(alone) / statistics.median(together),
         },
-        "provenance": artifact.provenance(),
+        "device": where["device"],
+        "provenance": where,
     }
     artifact.write_json(Path(__file__).parent / "results" / "shared-out.json", report)
     print(report["times faster, simulated"], report["measured"])
