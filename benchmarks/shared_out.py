@@ -160,7 +160,6 @@ def main() -> None:
     where = artifact.provenance()
     report = {
         "name": "shared-out",
-        "device": "cpu",
         "recorded": costs,
         "times faster, simulated": simulated(rate),
         "measured": {
