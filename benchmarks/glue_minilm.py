@@ -177,7 +177,9 @@ def main() -> None:
                     runs.append({**what, **found, "seconds": time.perf_counter() - start})
                     settings = {"rank": RANK, "batch": BATCH, "calibration_records": CALIBRATION, "held_out": HELD_OUT}
                     result = {"settings": settings, "summary": summary(runs), "runs": runs}
-                    artifact.write_json(place, result | {"provenance": artifact.provenance()})
+                    where = artifact.provenance()
+                    facts = {"name": place.stem, "device": where["device"], "provenance": where}
+                    artifact.write_json(place, result | facts)
                     print({**what, **found["scores"]}, f"{runs[-1]['seconds']:.0f} s", flush=True)
 
 

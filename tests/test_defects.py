@@ -63,7 +63,7 @@ def test_defect_01_every_import_is_a_declared_dependency():
     import corda
 
     declared = {re.split(r"[\s;<>=\[~!]", r)[0].lower() for r in importlib.metadata.requires("corda-adapt") or []}
-    names = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+    names = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "pillow": "PIL", "lm-eval": "lm_eval"}
     allowed = {names.get(d, d) for d in declared} | set(sys.stdlib_module_names) | {"corda"}
     for path in Path(corda.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
