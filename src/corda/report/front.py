@@ -8,6 +8,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from corda.report.figures import layout
+
 COLOURS = (
     *("#3f7fc1", "#d0642b", "#2a977b", "#a867a5", "#8a7d2c", "#7d7d7d", "#c14f6d", "#4b4fa8"),
     *("#5f9e2f", "#b08a52", "#2f9eb3", "#8c4a2f"),
@@ -64,7 +66,7 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
                 hoverinfo="skip",
             )
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
-    figure.update_layout(_layout(460))
+    figure.update_layout(layout(460))
     figure.update_xaxes(title=f"{_axis(learn)} after training")
     sense = "fall" if _more_is_better(keep) else "rise"
     figure.update_yaxes(title=f"{sense} of {_axis(keep)} against base")
@@ -95,7 +97,7 @@ def convergence(comparison: Mapping[str, Any]) -> go.Figure:
             line={"color": colour(number), "width": 2},
             hovertemplate="step %{x}: %{y:.3f}",
         )
-    figure.update_layout(_layout(400))
+    figure.update_layout(layout(400))
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="training loss, nats per token")
     return figure
@@ -110,7 +112,7 @@ def costs(comparison: Mapping[str, Any]) -> go.Figure:
         figure.add_bar(
             y=labels, x=[b[key] for b in best.values()], name=title, orientation="h", marker={"color": shade}
         )
-    figure.update_layout(_layout(110 + 28 * max(len(labels), 2)), barmode="stack")
+    figure.update_layout(layout(110 + 28 * max(len(labels), 2)), barmode="stack")
     figure.update_xaxes(title="seconds")
     figure.update_yaxes(autorange="reversed")
     return figure
@@ -133,19 +135,3 @@ def _more_is_better(metric: str) -> bool:
 def _axis(metric: str) -> str:
     task, _, kind = metric.rpartition("/")
     return f"{task}, {_LABELS.get(kind, kind)}"
-
-
-def _layout(height: int) -> dict[str, Any]:
-    clear = "rgba(0,0,0,0)"
-    axis = {"automargin": True, "zeroline": False}
-    return {
-        "template": go.layout.Template(),
-        "height": height,
-        "margin": {"l": 8, "r": 8, "t": 8, "b": 16},
-        "paper_bgcolor": clear,
-        "plot_bgcolor": clear,
-        "font": {"size": 13},
-        "xaxis": axis,
-        "yaxis": axis,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    }
