@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from corda.distributed import world
 from corda.errors import AdapterError, TargetError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
 from corda.lora_config import exact_key, lora_config, whole
-from corda.plan.plan import Plan
+from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
 from corda.sharding import computing_device, refuse_partitioned, subtract, whole_adapters
@@ -142,55 +142,70 @@ def attach(
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     as_parameters = parameters.pattern_of(model, [layer.name for layer in plan.layers])
     if plan.mode == "lora":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            plain: PeftModel = cls(model, config)
-            for layer in plan.layers:
-                if layer.name in as_parameters:
-                    continue
-                module = plain.base_model.model.get_submodule(layer.name)
-                if _materialise(module, TRAINED):
-                    module.reset_lora_parameters(TRAINED, True)
-        parameters.drop_unplanned(plain, {layer.name: layer.rank for layer in plan.layers})
-        return plain
+        return _plain(cls, model, config, plan, as_parameters, seed)
     wrapped: PeftModel = _exact(cls, plan.options.freezes_a)(model, config)
     if plan.options.has_start:
         wrapped.add_adapter(INITIAL, _without_heads(config))
     if plan.corrections:
         wrapped.add_adapter(CORRECTION, _correction_config(model, config, plan))
     parameters.start(wrapped, plan.factors, as_parameters, form)
-    for layer in plan.layers:
-        if layer.name in as_parameters:
-            continue
-        module = wrapped.base_model.model.get_submodule(layer.name)
-        with torch.no_grad():
-            _fill(module, TRAINED, plan.factors[layer.name])
-            if layer.name in plan.corrections:
-                _fill(module, CORRECTION, plan.corrections[layer.name])
-            if not plan.options.has_start:
-                if layer.name in plan.corrections:
-                    module.lora_variant[TRAINED] = Beside()
-                continue
-            _fill(module, INITIAL, plan.factors[layer.name])
-            if form == "intact":
-                module.lora_variant[TRAINED] = Difference()
-                continue
-            if layer.name in plan.corrections:
-                module.lora_variant[TRAINED] = Corrected()
-            inner = module.base_layer
-            if is_4bit(inner):
-                W = full_weight(inner) if weights is None else weights(f"{layer.name}.weight").float()
-                W = W.T if weights is not None and layer.kind == "conv1d" else W
-                A, B = plan.factors[layer.name]
-                A, B = plan.removed.get(layer.name, (A, plan.scaling(layer.rank) * B))
-                place = inner.weight.device
-                requantise(inner, W.to(place) - B.to(place) @ A.to(place))
-            else:
-                subtract(inner.weight, module.get_delta_weight(INITIAL))
+    with torch.no_grad():
+        for layer in plan.layers:
+            if layer.name not in as_parameters:
+                _begin(wrapped.base_model.model.get_submodule(layer.name), layer, plan, form, weights)
     if plan.options.freezes_a:
         freeze_a(wrapped)
     wrapped.train(model.training)
     return wrapped
+
+
+def _plain(
+    cls: type[PeftModel],
+    model: PreTrainedModel,
+    config: LoraConfig,
+    plan: Plan,
+    as_parameters: Container[str],
+    seed: int,
+) -> PeftModel:
+    """Plain LoRA: PEFT's own random start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        plain = cls(model, config)
+        for layer in plan.layers:
+            if layer.name in as_parameters:
+                continue
+            module = plain.base_model.model.get_submodule(layer.name)
+            if _materialise(module, TRAINED):
+                module.reset_lora_parameters(TRAINED, True)
+    parameters.drop_unplanned(plain, {layer.name: layer.rank for layer in plan.layers})
+    return plain
+
+
+def _begin(module: Any, layer: LayerPlan, plan: Plan, form: Base, weights: Callable[[str], Tensor] | None) -> None:
+    """Fill a layer's adapters, and choose how they act together or what the base gives up for them."""
+    _fill(module, TRAINED, plan.factors[layer.name])
+    if layer.name in plan.corrections:
+        _fill(module, CORRECTION, plan.corrections[layer.name])
+    if not plan.options.has_start:
+        if layer.name in plan.corrections:
+            module.lora_variant[TRAINED] = Beside()
+        return
+    _fill(module, INITIAL, plan.factors[layer.name])
+    if form == "intact":
+        module.lora_variant[TRAINED] = Difference()
+        return
+    if layer.name in plan.corrections:
+        module.lora_variant[TRAINED] = Corrected()
+    inner = module.base_layer
+    if not is_4bit(inner):
+        subtract(inner.weight, module.get_delta_weight(INITIAL))
+        return
+    W = full_weight(inner) if weights is None else weights(f"{layer.name}.weight").float()
+    W = W.T if weights is not None and layer.kind == "conv1d" else W
+    A, B = plan.factors[layer.name]
+    A, B = plan.removed.get(layer.name, (A, plan.scaling(layer.rank) * B))
+    place = inner.weight.device
+    requantise(inner, W.to(place) - B.to(place) @ A.to(place))
 
 
 def _materialise(module: Any, name: str) -> bool:

@@ -60,7 +60,7 @@ class Captured:
         Args:
             journal: Where finished parts are.
             key: The part's name.
-            verify: ?
+            verify: Compare the hash of its tensors too.
         """
         facts = journal.facts(key, verify=verify)
         if facts is None:

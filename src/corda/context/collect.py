@@ -12,15 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from corda import artifact
-from corda.context.blocks import find_blocks
 from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.feeding import fed_as_two, feeder, two_sequences
 from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.context.masks import followed
+from corda.context.route import Route, body_of, find_route
 from corda.context.routing import few_tokens_of_experts, pooled_tokens, rows_a_pass
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
-from corda.context.vision import embedded, patches_counted, refuse_response_only
+from corda.context.vision import patches_counted, refuse_response_only
 from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
 from corda.distributed import ALONE, Processes, dealt, world
@@ -160,36 +160,34 @@ def collect_encoded(
     ]
     if response_only:
         refuse_response_only(model, layers)
-    body = _body(model, layers)
-    why = "the targets do not all lie in one list of blocks"
     images = any(processes.hear(any(batch.more is not None for parts in rounds for batch in parts)))
     if images and sharded:
         raise ModelError(
             "a sharded model of images and text cannot be collected on",
             fix="load it whole in every process, or spread it with model.device_map",
         )
-    if stream and images:  # images: only the language model is run block by block
-        body, why = model.get_decoder(), "the targets do not all lie in the blocks of the language model"
-    blocks = find_blocks(body, model, layers) if stream else None
-    if blocks is not None and images:
-        place = device or device_of(model)
-        entering = [embedded(model, parts, place) for parts in rounds]
-        ready = [parts for parts in entering if parts is not None]
-        if all(processes.hear(len(ready) == len(rounds))):
-            rounds = ready
-        else:
-            blocks, why = None, "the language model takes more than embeddings from the vision encoder"
+    device = device or device_of(model)
+    route = (
+        find_route(model, layers, rounds, images, processes, device)
+        if stream
+        else Route(None, rounds, body_of(model, layers))
+    )
     if sharded:
         with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
             model(**feeder(model)(rounds[0][-1].to(device_of(model))))
-    notes: list[str] = []
-    if blocks is not None:
-        with gathered_around(model, [block for _, block in blocks]):
+    if route.blocks is None and weights is not None:
+        raise ModelError(
+            "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
+            where="context.offload",
+            fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
+        )
+    if route.blocks is not None:
+        with gathered_around(model, [block for _, block in route.blocks]):
             parts = streamed(
                 model,
-                body,
-                blocks,
-                rounds,
+                route.body,
+                route.blocks,
+                route.rounds,
                 layers,
                 inputs_of=feeder(model),
                 journal=journal,
@@ -200,21 +198,12 @@ def collect_encoded(
             )
             found = list(parts)
     else:
-        if weights is not None:
-            raise ModelError(
-                "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
-                where="context.offload",
-                fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
-            )
-        if stream:
-            notes.append(f"collected whole, not in blocks: {why}")
-            body = _body(model, layers)
-        found = []
+        run, found = model if sharded else body_of(model, layers), []
         for r, part in enumerate(rounds):
-            run = model if sharded else body
             found.append(_whole(model, run, progress(part, "collect", len(part)), layers, r, processes))
             if journal is not None and r == 0:
                 artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
+    notes = [f"collected whole, not in blocks: {route.why}"] if route.why else []
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
 
 
@@ -222,7 +211,7 @@ def collect_batches(
     model: PreTrainedModel, parts: Iterable[Batch], layers: Sequence[LayerSpec], *, skip_unseen: bool = False
 ) -> Context:
     """`collect` for batches made by the caller (parts), with these layers and skip_unseen, through the whole body."""
-    return _finish([_whole(model, _body(model, layers), parts, layers, 0)], layers, skip_unseen, [], 1)
+    return _finish([_whole(model, body_of(model, layers), parts, layers, 0)], layers, skip_unseen, [], 1)
 
 
 def collect_running(model: nn.Module, run: Callable[[], object], layers: Sequence[LayerSpec]) -> Context:
@@ -316,7 +305,7 @@ def _of_two_sequences(
             where="adapter.mode",
             fix="use mode kpm or ipm",
         )
-    body, found = _body(model, layers), []
+    body, found = body_of(model, layers), []
     device, start = device_of(model), int(model.config.decoder_start_token_id or 0)
     for r, records in enumerate(rounds):
         capture = Capture(layers)
@@ -332,14 +321,6 @@ def _of_two_sequences(
 def _as_rounds(encoded: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> list[list[Encoded]]:
     flat = [part for part in encoded if isinstance(part, Encoded)]
     return [flat] if flat else [list(part) for part in encoded if not isinstance(part, Encoded)]
-
-
-def _body(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
-    """The model without its head where no target lies outside of it: logits are never needed."""
-    body: nn.Module = model.base_model
-    inside = {id(module) for module in body.modules()}
-    places = (model.get_submodule(layer.stored[0].rpartition(".")[0]) for layer in layers)
-    return body if all(id(module) in inside for module in places) else model
 
 
 def _finish(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
-from corda.context.lanes import Lanes, lanes, lanes_for
+from corda.context.lanes import Lanes, Threads, lanes, lanes_for
 from corda.data.batches import Batch
 from corda.distributed import ALONE, Processes
 from corda.journal import Journal
@@ -67,36 +67,20 @@ def streamed(
     known = _known(journal, len(blocks), len(rounds), processes)
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
-    hidden: list[list[Tensor]] = [[] for _ in rounds]
-    wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
     with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
+        march = _March(body, modules, inputs_of, rounds, threads, device)
         for index in progress(range(len(blocks)), "collect", len(blocks)):
             with ExitStack() as stack:
                 if weights is not None and index <= needed:
                     embedding = model.get_input_embeddings()
                     stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
                     stack.enter_context(weights.on(modules[index], blocks[index][0], device))
-                for r, parts in enumerate(rounds):
+                for r in range(len(rounds)):
                     done = known[index][r]
                     if index <= needed:
                         capture = Lanes(members[index] if done is None else [], threads, device)
                         with hooked(model, capture):
-                            for first in range(0, len(parts), threads.count):
-                                ready = []
-                                for b in range(first, min(first + threads.count, len(parts))):
-                                    batch = parts[b].to(device)
-                                    entering, args, kwargs = block_arguments(
-                                        body, modules, index, inputs_of(batch), wrap
-                                    )
-                                    states = hidden[r][b].to(device) if index else entering
-                                    ready.append(_Ready(batch.counts, states, args, kwargs))
-                                run = functools.partial(_run, modules[index], capture)
-                                for b, ran in enumerate(threads.run(run, ready), start=first):
-                                    out, wrap = ran
-                                    if index == 0:
-                                        hidden[r].append(out.cpu())
-                                    else:
-                                        hidden[r][b] = out.cpu()
+                            march.through(index, r, capture)
                         capture.merge()
                         if processes.size == 1:
                             capture.check_finite()
@@ -105,10 +89,43 @@ def streamed(
                             if journal is not None:
                                 size = done.bytes * missing // _width(members[index])
                                 missing = 0  # of all blocks to come, asked for before the second one is run
-                                processes.first_only(functools.partial(_put, journal, _key(index, r), done, size))
-                                done = Captured.noted(journal, _key(index, r), verify=processes.first)
+                                done = _kept(journal, _key(index, r), done, size, processes)
                     if done is not None:
                         yield done
+
+
+class _March:
+    """The hidden states of every batch of every round, on the CPU, on their way through the blocks."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        modules: Sequence[nn.Module],
+        inputs_of: Callable[[Batch], dict[str, Any]],
+        rounds: Sequence[Sequence[Batch]],
+        threads: Threads,
+        device: torch.device,
+    ) -> None:
+        self._body, self._modules, self._inputs_of = body, modules, inputs_of
+        self._rounds, self._threads, self._device = rounds, threads, device
+        self._states: list[list[Tensor]] = [[] for _ in rounds]
+        self._wrap: Callable[[Tensor], Any] = lambda states: states
+
+    def through(self, index: int, round_: int, capture: Lanes) -> None:
+        """Run one block on one round's batches, as many at a time as there are threads."""
+        parts, states, count = self._rounds[round_], self._states[round_], self._threads.count
+        run = functools.partial(_run, self._modules[index], capture)
+        for first in range(0, len(parts), count):
+            ready = [self._ready(index, round_, b) for b in range(first, min(first + count, len(parts)))]
+            ran = self._threads.run(run, ready)
+            states[first : first + count] = [out.cpu() for out, _ in ran]
+            self._wrap = ran[-1][1]
+
+    def _ready(self, index: int, round_: int, b: int) -> _Ready:
+        batch = self._rounds[round_][b].to(self._device)
+        entering, args, kwargs = block_arguments(self._body, self._modules, index, self._inputs_of(batch), self._wrap)
+        states = self._states[round_][b].to(self._device) if index else entering
+        return _Ready(batch.counts, states, args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,12 @@ def _known(journal: Journal | None, blocks: int, rounds: int, processes: Process
     found = [[Captured.noted(journal, _key(i, r), verify=verify) for r in range(rounds)] for i in range(blocks)]
     there = processes.tell([[part is not None for part in parts] for parts in found])
     return [[part if yes else None for part, yes in zip(*row, strict=True)] for row in zip(found, there, strict=True)]
+
+
+def _kept(journal: Journal, key: str, part: Captured, size: int, processes: Processes) -> Captured | None:
+    """The part as the journal holds it, after asking for `size` bytes of its disk."""
+    processes.first_only(functools.partial(_put, journal, key, part, size))
+    return Captured.noted(journal, key, verify=processes.first)
 
 
 def _put(journal: Journal, key: str, part: Captured, size: int) -> None:
