@@ -19,7 +19,7 @@ from corda.context.accumulator import Accumulator
 from corda.context.collect import collect_encoded
 from corda.context.feeding import model_inputs
 from corda.data.batches import batches
-from corda.recipe import ModelOptions
+from corda.options import ModelOptions
 from corda.targets import find_targets
 
 BATCH = 4

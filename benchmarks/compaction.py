@@ -28,7 +28,8 @@ from corda.data.formats import Segment
 from corda.evaluation.likelihood import answer_loss
 from corda.evaluation.scores import Score, change
 from corda.metric import Metric, damping
-from corda.recipe import DataSource, ModelOptions
+from corda.options import ModelOptions
+from corda.recipe import DataSource
 from corda.targets import LayerSpec, find_targets
 
 WINDOW, TEST_WINDOW, TEST_WINDOWS = 128, 512, 12

@@ -31,8 +31,9 @@ from corda.data.formats import Segment
 from corda.drift import DriftMeter, Yardstick, yardstick
 from corda.evaluation.likelihood import token_losses
 from corda.evaluation.scores import Score, change, ratio
+from corda.options import ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import DataSource, ModelOptions, TrainingOptions
+from corda.recipe import DataSource, TrainingOptions
 from corda.targets import find_targets, weight_of
 from corda.training import train
 

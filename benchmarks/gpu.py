@@ -30,8 +30,8 @@ from corda.journal import Journal
 from corda.metric import full_precision
 from corda.models import Source
 from corda.offload import LazyWeights, empty_model
+from corda.options import ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import ModelOptions
 from corda.targets import LayerSpec, find_targets
 
 

@@ -16,7 +16,8 @@ from harness import child, record, summary
 from corda import models
 from corda.data.batches import Encoded, encode, load_records
 from corda.metering import Meter
-from corda.recipe import DataSource, ModelOptions
+from corda.options import ModelOptions
+from corda.recipe import DataSource
 
 WINDOWS, LENGTH, RANK = 32, 256, 32
 

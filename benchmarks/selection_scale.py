@@ -21,9 +21,10 @@ from corda import artifact, linalg, models
 from corda.context.collect import collect_encoded
 from corda.data.batches import calibration_rounds, load_records, pad_id
 from corda.metric import Metric, damping, full_precision
+from corda.options import ModelOptions
 from corda.plan.compactness import compactness, extreme_eigenvalues
 from corda.plan.selection import candidate_score, choose
-from corda.recipe import DataSource, ModelOptions
+from corda.recipe import DataSource
 from corda.targets import find_targets, weight_of
 
 ROUNDS, SAMPLES, RANK = 5, 128, 32

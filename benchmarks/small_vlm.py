@@ -34,8 +34,9 @@ from corda.evaluation.generation import exact_match
 from corda.evaluation.likelihood import answer_loss
 from corda.evaluation.scores import change
 from corda.exporting.check import probe_logits
+from corda.options import ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import ModelOptions, TrainingOptions
+from corda.recipe import TrainingOptions
 from corda.targets import find_targets
 from corda.training import train
 

@@ -28,11 +28,10 @@ from corda.errors import AdapterError, CalibrationError, ModelError, PlanError, 
 from corda.exporting.convert import convert
 from corda.metric import Metric, damping
 from corda.models import Quantisation, load
-from corda.options import ExportOptions
+from corda.options import ExportOptions, ModelOptions
 from corda.plan.make import make_plan
 from corda.quantization import round_trip
 from corda.reading import parse_adapter, parse_recipe
-from corda.recipe import ModelOptions
 from corda.targets import find_targets
 
 IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])

@@ -1,85 +1,135 @@
-"""What kind of model a checkpoint holds, decided on its config alone, and the class of transformers that loads it."""
+"""What a checkpoint's model is for, decided on its config and the recipe alone, and the class that loads it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
+from transformers.models.auto import modeling_auto
 
 from corda.errors import ModelError
+from corda.options import ModelTask
 
-Architecture = Literal["causal", "image-text"]
+# The class that loads a task's models, and its own list of the types that have one.
+_LOADERS: dict[ModelTask, tuple[Any, Any]] = {
+    "causal-lm": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "image-text-to-text": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    "seq2seq-lm": (AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "sequence-classification": (
+        AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "token-classification": (
+        AutoModelForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+_HEADS: dict[str, ModelTask] = {
+    "ForSequenceClassification": "sequence-classification",
+    "ForTokenClassification": "token-classification",
+}
 
-_LOADERS: dict[Architecture, Any] = {"causal": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText}
 
+def task_of(config: Any, asked: Literal["auto"] | ModelTask = "auto") -> ModelTask:
+    """What a model is for.
 
-_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
-
-
-def architecture(config: Any) -> Architecture:
-    """The kind of model that a config describes.
-
-    What the checkpoint says that it was saved from (`architectures`) decides. Without that, a config with a vision
-    tower means a model for images and text where there is one of its type.
+    What was asked for decides, else what the checkpoint says that it was saved from (`architectures`). Without either,
+    a config with a vision tower means a model for images and text where there is one of its type.
 
     Args:
         config: A transformers config.
+        asked: A recipe's `model.task`.
+
+    Raises:
+        ModelError: it is an encoder, which is for nothing until it is told; or transformers has no class for what was
+            asked for.
     """
     kind = getattr(config, "model_type", "")
-    with_images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if asked != "auto":
+        _refuse_unknown(config, asked)
+        return asked
     saved = tuple(getattr(config, "architectures", None) or ())
-    if with_images is None:
-        return "causal"
-    if with_images in saved or (not saved and takes_images(config)) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "image-text"
-    return "causal"
+    for ending, task in _HEADS.items():
+        if any(name.endswith(ending) for name in saved):
+            return task
+    with_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    if with_images is not None and (
+        with_images in saved
+        or (not saved and takes_images(config))
+        or kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        return "image-text-to-text"
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq-lm"
+    if _encodes(config):
+        raise ModelError(
+            "the checkpoint is an encoder, and nothing says what it is to be trained for",
+            where=f"model.model_name_or_path, {saved[0] if saved else kind}",
+            fix="set model.task: sequence-classification, for which it gets a fresh head",
+        )
+    return "causal-lm"
+
+
+def loader(config: Any, asked: Literal["auto"] | ModelTask = "auto") -> Any:
+    """The Auto class of transformers that loads the model of a config.
+
+    Args:
+        config: A transformers config.
+        asked: A recipe's `model.task`.
+
+    Raises:
+        ModelError: see `task_of`.
+    """
+    return _LOADERS[task_of(config, asked)][0]
+
+
+def loader_name(task: ModelTask) -> str:
+    """The name of the Auto class of a task's models."""
+    return str(_LOADERS[task][0].__name__)
+
+
+def task_of_model(model: nn.Module) -> ModelTask:
+    """What a loaded model is for, by its class; causal-lm where that does not tell."""
+    name = type(model).__name__
+    for ending, task in _HEADS.items():
+        if name.endswith(ending):
+            return task
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq-lm"
+    return "image-text-to-text" if takes_images(config) else "causal-lm"
+
+
+def classes_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of a classifier's classes by number; none for any other model."""
+    if not type(model).__name__.endswith(tuple(_HEADS)):
+        return ()
+    names: dict[int, str] = getattr(model, "config").id2label  # noqa: B009
+    return tuple(names[i] for i in sorted(names))
+
+
+def has_head(config: Any, task: ModelTask) -> bool:
+    """Whether a checkpoint was saved with the head that a task needs.
+
+    Args:
+        config: Its config.
+        task: What it is to be used for.
+    """
+    ending = next((ending for ending, known in _HEADS.items() if known == task), None)
+    saved = tuple(getattr(config, "architectures", None) or ())
+    return ending is not None and any(name.endswith(ending) for name in saved)
 
 
 def takes_images(config: Any) -> bool:
     """Whether a config has a vision tower."""
     return getattr(config, "vision_config", None) is not None
-
-
-def refuse_unrecipied(config: Any) -> None:
-    """Refuse models that a recipe cannot run: only the Python API can.
-
-    Raises:
-        ModelError: names what the model is.
-    """
-    saved = tuple(getattr(config, "architectures", None) or ())
-    kind = getattr(config, "model_type", "")
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in saved)
-    if getattr(config, "is_encoder_decoder", False):
-        what = "a model with an encoder and a decoder"
-    elif any(name.endswith(_CLASSIFIERS) for name in saved):
-        what = "a classifier"
-    elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal:
-        what = "an encoder"
-    else:
-        return
-    raise ModelError(
-        f"a recipe trains models that continue text, and this is {what}",
-        where=f"model.model_name_or_path, {saved[0] if saved else kind}",
-        fix="use collect, make_plan, attach and export on a model that you loaded, and a trainer of transformers; "
-        "benchmarks/glue_minilm.py does so",
-    )
-
-
-def loader(config: Any) -> Any:
-    """The Auto class of transformers that loads the model of a config.
-
-    Raises:
-        ModelError: see `refuse_unrecipied`.
-    """
-    if architecture(config) == "causal":
-        refuse_unrecipied(config)
-    return _LOADERS[architecture(config)]
 
 
 def heads(model: nn.Module) -> list[str]:
@@ -88,9 +138,33 @@ def heads(model: nn.Module) -> list[str]:
     Such heads are trained whole: mostly they are drawn at random when a body is loaded, and an adapter of random
     weights has nothing to start from.
     """
-    if not type(model).__name__.endswith(_CLASSIFIERS):
+    if not type(model).__name__.endswith(tuple(_HEADS)):
         return []
     body = getattr(model, "base_model", None)
     return [
         name for name, child in model.named_children() if child is not body and any(True for _ in child.parameters())
     ]
+
+
+def _encodes(config: Any) -> bool:
+    """Whether a config is that of an encoder, which does not continue text."""
+    saved = tuple(getattr(config, "architectures", None) or ())
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in saved)
+    return getattr(config, "model_type", "") in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not causal
+
+
+def _refuse_unknown(config: Any, asked: ModelTask) -> None:
+    kind = getattr(config, "model_type", "")
+    known = kind in _LOADERS[asked][1] or getattr(config, "auto_map", None)
+    one_way = asked == "causal-lm" and (_encodes(config) or getattr(config, "is_encoder_decoder", False))
+    if known and not one_way:
+        return
+    possible = [
+        task for task, (_, kinds) in _LOADERS.items() if kind in kinds and not (task == "causal-lm" and one_way)
+    ]
+    raise ModelError(
+        f"a model of type {kind} cannot be loaded for this",
+        where="model.task",
+        got=asked,
+        expected=", ".join(possible) or "a model type that transformers knows",
+    )

@@ -15,15 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import adapter, models
-from corda.data.batches import encode, pad_id, padded
 from corda.errors import CheckError
 from corda.exporting.check import allowed, probe_logits
 from corda.inputs import Inputs
 from corda.offload import LazyWeights, empty_model
+from corda.options import ModelOptions
 from corda.plan.plan import Plan
-from corda.processing import takes_images
 from corda.quantization import round_trip
-from corda.recipe import ModelOptions
 
 STEP0_TOLERANCE = {torch.float32: 1e-5}
 _LOOSE = 2e-2
@@ -45,7 +43,7 @@ class Bases:
         if self.live is None or isinstance(self.live, PeftModel):
             self.live = None
             gc.collect()
-            self.live = models.load(self.recipe.model).model
+            self.live = models.load(self.inputs.model).model
         return self.live
 
     def for_context(self) -> tuple[PreTrainedModel, LazyWeights | None]:
@@ -57,11 +55,11 @@ class Bases:
 
     def shell(self) -> PreTrainedModel:
         """The base without weights."""
-        return empty_model(self.inputs.source, self.recipe.model, self.dtype())
+        return empty_model(self.inputs.source, self.inputs.model, self.dtype())
 
     def dtype(self) -> torch.dtype:
         """Of the base's weights."""
-        return models.pick_dtype(self.recipe.model, self.inputs.source)
+        return models.pick_dtype(self.inputs.model, self.inputs.source)
 
     def quantise(self) -> Callable[[Tensor], Tensor] | None:
         """W (d_out, d_in) -> Q(W), of the same shape, of a 4-bit base, None for any other."""
@@ -78,7 +76,7 @@ class Bases:
         changed: dict[str, Any] = {"load_in_4bit": False} if full else {}
         if self.recipe.model.device_map is not None:  # PEFT cannot load an adapter onto off-loaded layers
             changed |= {"device_map": None, "device": "cpu", "dtype": str(self.dtype()).removeprefix("torch.")}
-        return self.recipe.model.model_copy(update=changed)
+        return self.inputs.model.model_copy(update=changed)
 
     def attached(self, plan: Plan) -> tuple[PeftModel, dict[str, Any]]:
         """The base with the plan's adapter at its start, and how far its logits are from the base's.
@@ -120,25 +118,10 @@ class Bases:
         return model, {"max_relative_logit_difference": largest, **differences}
 
     def probe(self) -> dict[str, Tensor]:
-        """A few training records of one length, (B, L): what logits are compared on."""
-        processing, template = self.inputs.tokenizer, self.recipe.data.template
-        visual = takes_images(processing)  # whose tokens cannot be cut to one length
-        rows = [
-            encode(record, processing, template=template, max_length=None if visual else 64)
-            for record in self.inputs.learn_records[:4]
-        ]
-        if visual:
-            batch = padded(rows, pad_id(processing))
-            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
-        width = min(len(row) for row in rows)
-        ids = torch.tensor([row.ids[:width] for row in rows])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        """A few training records, (B, L): what logits are compared on."""
+        return self.inputs.kind.shown(self.inputs.learn_records[:4], 64)
 
     def measured_on(self) -> list[dict[str, Tensor]]:
         """Some records of the context's and the training data, each as (1, L) token ids without padding."""
-        data = self.recipe.data
         records = [*self.inputs.context_records[:8], *self.inputs.learn_records[:8]]
-        processing = self.inputs.tokenizer
-        limit = None if takes_images(processing) else 256
-        rows = [encode(record, processing, template=data.template, max_length=limit) for record in records]
-        return [{"input_ids": torch.tensor([row.ids]), **(padded([row], 0).more or {})} for row in rows]
+        return [self.inputs.kind.shown([record], 256) for record in records]

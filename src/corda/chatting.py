@@ -79,6 +79,7 @@ def open_pair(recipe: Recipe, form: str | None = None, folder: Path | None = Non
     trained = artifact.read(folder / "train", "train")
     plan = plans.load(artifact.read(folder / "plan", "plan"))
     bases = Bases(Inputs(recipe))
+    bases.inputs.kind.refuse_unless_text("corda chat")
     tokenizer = bases.inputs.tokenizer
     if takes_images(tokenizer):
         raise ModelError(
@@ -92,7 +93,7 @@ def open_pair(recipe: Recipe, form: str | None = None, folder: Path | None = Non
         bases.bare(), plan, base=held, seed=recipe.seed, weights=weights.get if weights else None
     ).eval()
     tuned.load_adapter(str(trained.folder), TRAINED)
-    base = models.load(recipe.model).model if held == "residual" else None
+    base = models.load(bases.inputs.model).model if held == "residual" else None
     return Pair(tuned, base, tokenizer, chosen)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corda.context.collect import collect_encoded
 from corda.context.store import Context
-from corda.data.batches import encode, pad_id
+from corda.data.batches import pad_id
 from corda.errors import PlanError
 from corda.pipeline import Stages
 from corda.plan.plan import Plan
@@ -109,13 +109,15 @@ def covered(stages: Stages) -> dict[str, Any]:
         )
     context, plan = stages.context(), stages.plan()
     assert context is not None
-    model, tokenizer = stages.bases.bare(), stages.inputs.tokenizer
-    data = recipe.data
+    model, kind = stages.bases.bare(), stages.inputs.kind
     others = {}
     for task in stages.progress(tasks, "coverage", len(tasks)):
-        encoded = [encode(r, tokenizer, template=data.template, max_length=data.max_length) for r in task.records]
-        encoded = [one for one in encoded if len(one)]
+        encoded = [one for one in map(kind.encode, task.records) if len(one)]
         others[task.name] = collect_encoded(
-            model, encoded, stages.inputs.targets, pad_token_id=pad_id(tokenizer), batch_size=recipe.context.batch_size
+            model,
+            encoded,
+            stages.inputs.targets,
+            pad_token_id=pad_id(kind.tokenizer),
+            batch_size=recipe.context.batch_size,
         )
     return coverage(plan, context, others)

@@ -156,6 +156,7 @@ def lengths(records: Sequence[Record], tokenizer: Any, template: Template, seed:
 
 def _look(inputs: Inputs) -> tuple[dict[str, Any], dict[str, str]]:
     """Facts as JSON, and the first notes."""
+    inputs.kind.refuse_unless_text("corda init-recipe")
     recipe, tokenizer = inputs.recipe, inputs.tokenizer
     skeleton = models.skeleton(inputs.source, recipe.model)
     targets = inputs.targets

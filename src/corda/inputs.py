@@ -11,20 +11,21 @@ from typing import Any
 from corda import artifact, models, quantization
 from corda.context.store import HELD_OUT
 from corda.data import sources
-from corda.data.batches import Encoded, calibration_rounds, drawing_order, encode, load_records
-from corda.data.formats import Record, render
+from corda.data.batches import Encoded, calibration_rounds, drawing_order
+from corda.data.formats import Record
 from corda.distributed import world
 from corda.errors import DataError, RecipeError
-from corda.evaluation.evaluate import Task, load_tasks, refuse_overlap
+from corda.evaluation.evaluate import Task, refuse_overlap
 from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
+from corda.kinds.choose import kind_of
+from corda.kinds.kind import Kind
+from corda.options import ModelOptions
 from corda.plan.byhand import by_hand, check_ranks_by_hand
 from corda.plan.make import uniform_rank
 from corda.plan.plan import corrected
-from corda.processing import takes_images
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
-from corda.training import trainer_arguments
 
 
 class Inputs:
@@ -39,14 +40,24 @@ class Inputs:
         return models.resolve(self.recipe.model)
 
     @cached_property
+    def kind(self) -> Kind:
+        """What the recipe trains the model for, which decides all that follows from that."""
+        return kind_of(self.recipe, self.source)
+
+    @property
+    def model(self) -> ModelOptions:
+        """The recipe's options of the model, with its task and classes filled in."""
+        return self.kind.model
+
+    @property
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
-        return models.load_tokenizer(self.source, self.recipe.model)
+        return self.kind.tokenizer
 
     @cached_property
     def targets(self) -> list[LayerSpec]:
         """Target layers, found on a model without weights."""
-        model, adapter = models.skeleton(self.source, self.recipe.model), self.recipe.adapter
+        model, adapter = models.skeleton(self.source, self.model), self.recipe.adapter
         return find_targets(model, adapter.target_modules, adapter.towers)
 
     @cached_property
@@ -54,17 +65,16 @@ class Inputs:
         """The 4-bit form of the base, or None."""
         return models.quantisation(self.source, self.recipe.model)
 
-    @cached_property
+    @property
     def learn_records(self) -> list[Record]:
         """Training records."""
-        assert self.recipe.data.learn is not None
-        return load_records(self.recipe.data.learn, self.recipe.data.data_dir, self.recipe.seed)
+        return self.kind.learn_records
 
     @cached_property
     def calibration_records(self) -> dict[str, list[Record]]:
         """Records that calibration samples are drawn from, by side: "keep" and "learn"; see `context_sources`."""
-        data_dir, seed = self.recipe.data.data_dir, self.recipe.seed
-        return {k: load_records(source, data_dir, seed) for k, source in self.recipe.context_sources().items()}
+        known = {"learn": self.kind.formats, "keep": self.kind.kept}
+        return {side: self.kind.records(s, known[side]) for side, s in self.recipe.context_sources().items()}
 
     @property
     def context_records(self) -> list[Record]:
@@ -86,9 +96,9 @@ class Inputs:
                 calibration_rounds,
                 records,
                 self.tokenizer,
-                template=r.data.template,
                 max_length=r.data.max_length,
                 order=order,
+                encoding=self.kind.encode,
             )
             drawn += draw(options.rounds, samples=options.samples, tokens=options.tokens, pack_to=options.pack_to)
             names += [side] * options.rounds
@@ -97,10 +107,10 @@ class Inputs:
                     unseen = draw(1, samples=options.held_out)
         return [*drawn, *unseen], (*names[options.rounds :], *[HELD_OUT] * len(unseen))
 
-    @cached_property
+    @property
     def tasks(self) -> list[Task]:
         """Evaluation tasks with their records."""
-        return load_tasks(self.recipe)
+        return self.kind.tasks
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -110,6 +120,7 @@ class Inputs:
         dtype = "float32" if (r.model.dtype, device) == ("auto", "cpu") else r.model.dtype
         model = [models.identity(self.source, self.recipe.model), dtype, device]
         data = [r.data.template, r.data.max_length, r.seed]
+        head = self.kind.head()
 
         def identify(source: Any) -> Any:
             return sources.identity(source, r.data.data_dir, r.seed) if source else None
@@ -131,6 +142,7 @@ class Inputs:
             r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection", "held_out"}),
             r.context.held_out if r.metered else 0,
             [r.adapter.target_modules, r.adapter.towers],
+            *head[:1],
         )
         options = r.adapter.model_dump(mode="json", exclude={"base"})
         chosen = [context, r.context.selection] if r.context_source() else None
@@ -143,10 +155,11 @@ class Inputs:
         settings = r.training.model_dump(mode="json", exclude=excluded)
         settings["records_per_step"] = size * gathered * world().size  # however they are shared out
         metered = context if r.metered else None
-        train = artifact.fingerprint("train", plan, r.adapter.base, data, identify(r.data.learn), settings, metered)
+        learn = identify(r.data.learn)
+        train = artifact.fingerprint("train", plan, r.adapter.base, data, learn, settings, metered, *head)
         evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})
         shots = [identify(s) for s in (r.data.keep, r.data.learn)]
-        before = artifact.fingerprint("before", model, data[:2], tasks, evaluation, shots)
+        before = artifact.fingerprint("before", model, data[:2], tasks, evaluation, shots, *head)
         after = artifact.fingerprint("after", train, before)
         return {
             "context": context,
@@ -181,29 +194,6 @@ class Inputs:
         refuse_rank({name: rank * (2 if doubled else 1) + more for name, rank in ranks.items()}, options)
         if options.push_to_hub is not None:
             refuse_without_token(options.push_to_hub)
-
-    def _check_images(self, used: Mapping[str, Sequence[Record]]) -> None:
-        """Refuse what is not done for models of images and text, and images that do not fit data.max_length."""
-        if not takes_images(self.tokenizer):
-            return
-        recipe = self.recipe
-        for key, wrong in (
-            ("context.pack_to", recipe.context.pack_to is not None),
-            ("context.offload", recipe.context.offload),
-            ("model.load_in_4bit", self.quantisation is not None),
-        ):
-            if wrong:
-                raise RecipeError("this is not done for a model of images and text", where=key, fix="leave it out")
-        for origin, records in used.items():
-            shown = next((record for record in records if record.images), None)
-            limit = recipe.data.max_length
-            if shown and not len(encode(shown, self.tokenizer, template=recipe.data.template, max_length=limit)):
-                raise RecipeError(
-                    f"the images of a record in {origin} are more tokens than a record may have",
-                    where="data.max_length",
-                    got=limit,
-                    fix="raise it",
-                )
 
     def _check_experts(self) -> None:
         """Refuse what stacked experts do not allow.
@@ -252,12 +242,7 @@ class Inputs:
         if self.calibration_records:
             used["the calibration data"] = [record for some in self.calibration_records.values() for record in some]
         refuse_overlap(self.tasks, used)
-        device = models.pick_device(self.recipe.model.device)
-        trainer_arguments(self.recipe.training, self.recipe.output_dir / "checkpoints", self.recipe.seed, device)
-        for records in used.values():
-            for record in records[:100]:
-                render(record, self.tokenizer, self.recipe.data.template)
-        self._check_images(used)
+        self.kind.check(used, models.pick_device(self.recipe.model.device))
         allocated = self.recipe.adapter.allocation == "dynamic" and any(
             by_hand(self.recipe.adapter, t.name).rank is None for t in targets
         )

@@ -24,7 +24,7 @@ from transformers import (
 
 from corda import architectures, artifact, disk
 from corda.errors import ModelError
-from corda.recipe import ModelOptions
+from corda.options import ModelOptions
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load(options: ModelOptions) -> Loaded:
     dtype: Any = {"auto": torch.float32 if device.type == "cpu" else "auto"}.get(options.dtype, options.dtype)
     tokenizer = load_tokenizer(source, options)
     kind = quantisation(source, options)
-    common: dict[str, Any] = _common(source, options)
+    common: dict[str, Any] = _common(source, options) | fresh_head(options)
     spread = spreading(options)
     common |= spread
     if kind is not None:
@@ -112,8 +112,12 @@ def load(options: ModelOptions) -> Loaded:
                 bnb_4bit_use_double_quant=kind.double_quant,
                 bnb_4bit_compute_dtype=pick_dtype(options, source),
             )
-    with _reading(source):
-        loader = architectures.loader(_config(source, options))
+    config = config_of(source, options)
+    loader = architectures.loader(config, options.task)
+    if options.task in {"sequence-classification", "token-classification"} and config.pad_token_id is None:
+        common["pad_token_id"] = tokenizer.pad_token_id  # a decoder's class is read off its last token that is no pad
+    with _reading(source), torch.random.fork_rng():
+        torch.manual_seed(options.head_seed or 0)  # of what the checkpoint has no weights for
         model = loader.from_pretrained(source.path, dtype=dtype, **common)
     if kind is not None:
         keep_exact(model)
@@ -140,9 +144,7 @@ def quantisation(source: Source, options: ModelOptions) -> Quantisation | None:
     Raises:
         ModelError: the checkpoint is quantised in another way, or its config cannot be read.
     """
-    with _reading(source):
-        config = _config(source, options)
-    stored = getattr(config, "quantization_config", None)
+    stored = getattr(config_of(source, options), "quantization_config", None)
     if stored is None:
         if not options.load_in_4bit:
             return None
@@ -171,9 +173,9 @@ def load_tokenizer(source: Source, options: ModelOptions) -> Any:
     Raises:
         ModelError: it cannot be found or read.
     """
+    images = architectures.task_of(config_of(source, options), options.task) == "image-text-to-text"
     with _reading(source):
-        kind = architectures.architecture(_config(source, options))
-        if kind == "image-text":
+        if images:
             processor = _processor(source, options)
             tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         else:
@@ -193,11 +195,10 @@ def skeleton(source: Source, options: ModelOptions) -> PreTrainedModel:
     Raises:
         ModelError: its config cannot be found or read.
     """
+    config = config_of(source, options)
+    loader = architectures.loader(config, options.task)
     with _reading(source), torch.device("meta"):
-        config = _config(source, options)
-        model: PreTrainedModel = architectures.loader(config).from_config(
-            config, trust_remote_code=options.trust_remote_code
-        )
+        model: PreTrainedModel = loader.from_config(config, trust_remote_code=options.trust_remote_code)
     return model
 
 
@@ -233,9 +234,7 @@ def pick_dtype(options: ModelOptions, source: Source) -> torch.dtype:
     elif pick_device(options.device).type == "cpu":
         dtype = torch.float32
     else:
-        with _reading(source):
-            config = _config(source, options)
-        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(config_of(source, options), "dtype", None) or torch.float32
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -249,9 +248,8 @@ def identity(source: Source, options: ModelOptions) -> str:
     """
     folder = Path(source.path)
     if not folder.is_dir():
-        with _reading(source):
-            config = _config(source, options)
-        return artifact.fingerprint("hub", source.path, getattr(config, "_commit_hash", None) or source.revision)
+        commit = getattr(config_of(source, options), "_commit_hash", None)
+        return artifact.fingerprint("hub", source.path, commit or source.revision)
     kinds = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"}
     files = [p for p in sorted(folder.iterdir()) if p.suffix in kinds and p.name != artifact.MANIFEST]
     return artifact.fingerprint("folder", {path.name: _known_hash(path) for path in files})
@@ -275,8 +273,25 @@ def keep_exact(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _config(source: Source, options: ModelOptions) -> Any:
-    return AutoConfig.from_pretrained(source.path, **_common(source, options))
+def config_of(source: Source, options: ModelOptions) -> Any:
+    """The checkpoint's config, with the classes of a fresh head.
+
+    Args:
+        source: Where the model's files are.
+        options: Revision, and the head's classes.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    with _reading(source):
+        return AutoConfig.from_pretrained(source.path, **_common(source, options), **fresh_head(options))
+
+
+def fresh_head(options: ModelOptions) -> dict[str, Any]:
+    """What a config is told of a fresh head's classes; nothing where the options name none."""
+    if options.id2label is None:
+        return {} if options.num_labels is None else {"num_labels": options.num_labels}
+    return {"id2label": dict(options.id2label), "label2id": {name: i for i, name in options.id2label.items()}}
 
 
 def _processor(source: Source, options: ModelOptions) -> Any:

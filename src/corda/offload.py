@@ -13,14 +13,14 @@ from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from corda.architectures import loader
 from corda.errors import ModelError
-from corda.models import Source
+from corda.models import Source, config_of
+from corda.options import ModelOptions
 from corda.quantization import unpacked
-from corda.recipe import ModelOptions
 
 
 class LazyWeights:
@@ -93,10 +93,11 @@ def empty_model(source: Source, options: ModelOptions, dtype: torch.dtype) -> Pr
         options: Revision and whether its own code may run.
         dtype: Of the weights to come.
     """
-    trusted = {"trust_remote_code": options.trust_remote_code}
-    config = AutoConfig.from_pretrained(source.path, revision=source.revision, **trusted)
+    config, trusted = config_of(source, options), options.trust_remote_code
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = loader(config).from_config(config, dtype=dtype, **trusted)
+        model: PreTrainedModel = loader(config, options.task).from_config(
+            config, dtype=dtype, trust_remote_code=trusted
+        )
     return model.eval()
 
 

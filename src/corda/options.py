@@ -1,4 +1,4 @@
-"""A recipe's options of the export, and what every block of options has in common; `corda.recipe` holds the rest."""
+"""A recipe's options of the model and the export, and what all blocks have in common; `corda.recipe` holds the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None
 ExportFormat = Literal["lora", "residual", "merged", "none"]
 Layout = Literal["patterns", "uniform"]
+# As transformers' Auto classes and PEFT's task types call them.
+ModelTask = Literal["causal-lm", "image-text-to-text", "seq2seq-lm", "sequence-classification", "token-classification"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -19,6 +22,40 @@ class Strict(BaseModel):
     """A block of options that refuses unknown keys and does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelOptions(Strict):
+    """The base model."""
+
+    model_name_or_path: str = Field(
+        description="Hub id, local folder, path of a .gguf file, or package:NAME (a Python package with one)"
+    )
+    revision: str | None = Field(None, description="Hub revision")
+    task: Literal["auto"] | ModelTask = Field(
+        "auto", description="what the model is for; auto: as its checkpoint says, which an encoder's does not"
+    )
+    num_labels: PositiveInt | None = Field(None, description="of a fresh head: classes; default: those of data.learn")
+    id2label: dict[int, str] | None = Field(
+        None, description="of a fresh head: names of the classes by number, e.g. {0: negative, 1: positive}"
+    )
+    head_seed: int | None = Field(None, description="of a fresh head's weights; default: the run's seed")
+    dtype: Dtype = Field("auto", description="auto: float32 on a CPU, the checkpoint's own elsewhere")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: DeviceMap = Field(None, description="spread the weights: auto, or module: GPU number, cpu or disk")
+    max_memory: dict[int | str, str] | None = Field(None, description="per device, for device_map, e.g. {0: 70GB}")
+    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    load_in_4bit: bool = Field(False, description="hold the linear layers in 4 bits (bitsandbytes)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="code book, for load_in_4bit")
+    bnb_4bit_use_double_quant: bool = Field(False, description="quantise the scales too, for load_in_4bit")
+
+    @model_validator(mode="after")
+    def _classes_agree(self) -> ModelOptions:
+        names, number = self.id2label, self.num_labels
+        if names is not None and sorted(names) != list(range(len(names))):
+            raise ValueError("id2label names the classes 0, 1, 2, ... without a gap")
+        if names is not None and number not in {None, len(names)}:
+            raise ValueError(f"num_labels is {number}, and id2label names {len(names)} classes")
+        return self
 
 
 class ExportOptions(Strict):

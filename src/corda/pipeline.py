@@ -21,15 +21,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corda import architectures, artifact, distributed, models, sharding, training
+from corda import artifact, distributed, models, sharding, training
 from corda.bases import Bases
 from corda.context import collect, store
 from corda.context.store import HELD_OUT, Context
-from corda.data.batches import encode, pad_id
+from corda.data.batches import pad_id
 from corda.distributed import ALONE, Processes
 from corda.drift import DriftMeter, Yardstick, drift_notes, yardstick
 from corda.errors import RecipeError
-from corda.evaluation.evaluate import Scores, evaluate
+from corda.evaluation.evaluate import Scores
 from corda.evaluation.sharing import dealt_tasks, together
 from corda.exporting import export as exporting
 from corda.forms import TRAINED
@@ -213,10 +213,7 @@ class Stages:
         yardsticks = self._yardsticks()
         model, step0 = self.bases.attached(self.plan())
         meter = DriftMeter(model, *yardsticks) if yardsticks else None
-        encoded = [
-            encode(record, self.inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
-            for record in self.inputs.learn_records
-        ]
+        encoded = [self.inputs.kind.encode(record) for record in self.inputs.learn_records]
         key = self.inputs.fingerprints["train"]
         with self.meter.stage("train"):
             curve = training.train(
@@ -229,6 +226,7 @@ class Stages:
                 seed=r.seed,
                 progress=self.progress,
                 meter=meter,
+                trainer_of=self.inputs.kind.trainer,
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
         state = sharding.whole_adapters(model)
@@ -238,7 +236,7 @@ class Stages:
             with artifact.writing(self.folder / "train", "train", key, parents) as (temporary, extra):
                 model.save_pretrained(str(temporary), state_dict=state)
                 artifact.write_json(temporary / "curve.json", vars(curve))
-                cut = sum(not any(one.response) for one in encoded)
+                cut = sum(not one.learnable for one in encoded)
                 notes = [f"{cut} training records left out: cut at data.max_length before their answer"] if cut else []
                 if drift is not None:
                     artifact.write_json(temporary / "drift.json", vars(drift))
@@ -279,7 +277,7 @@ class Stages:
                     probe=self.bases.probe(),
                     records=self.bases.measured_on() if r.export.rank is not None else (),
                     tokenizer=self.inputs.tokenizer,
-                    card=self._card(trained, plan, model),
+                    card=self._card(trained, plan),
                     fingerprint=key,
                 )
             known[key] = self._costs("export")
@@ -287,15 +285,14 @@ class Stages:
         artifact.write_json(book, known)
         return dict(known[key])
 
-    def _card(self, trained: artifact.Artifact, plan: Plan, model: PeftModel) -> str:
+    def _card(self, trained: artifact.Artifact, plan: Plan) -> str:
         """The export's model card, with the scores that are there already."""
         found = {kind: self._found(kind) for kind in ("before", "after")}
         before, after = (self._scores(one).values if one else None for one in found.values())
         curve = artifact.read_json(trained.path("curve.json"))
         steps = curve["step"][-1] if curve["step"] else 0
-        images = architectures.takes_images(model.get_base_model().config)
-        source = self.inputs.source
-        return model_card(self.recipe, plan, source, before=before, after=after, steps=steps, images=images)
+        source, model = self.inputs.source, self.inputs.model
+        return model_card(self.recipe, plan, source, before=before, after=after, steps=steps, model=model)
 
     def report(self) -> dict[str, Any]:
         """results.json and the page, from the artifacts."""
@@ -340,7 +337,7 @@ class Stages:
         model.eval()
         with self.meter.stage(name):
             share = dealt_tasks(self.inputs.tasks, self.processes)
-            own = evaluate(model, self.inputs.tokenizer, share, self.recipe, self.progress)
+            own = self.inputs.kind.evaluate(model, share, self.progress)
             scores = together(own, self.inputs.tasks, self.processes)
 
         def save() -> None:

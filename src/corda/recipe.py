@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corda.options import DeviceMap, ExportOptions, PositiveInt, Strict
+from corda.options import ExportOptions, ModelOptions, PositiveInt, Strict
 from corda.ranks import Ranks
 
 Mode = Literal["kpm", "ipm", "dual", "contrast", "lora"]
@@ -19,29 +19,13 @@ Allocation = Literal["uniform", "dynamic"]
 Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-RecordFormat = Literal["auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code"]
+RecordFormat = Literal[
+    "auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code", "classification"
+]
 Tower = Literal["language", "vision", "projector"]
-Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1"]
+Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1", "loss", "f1"]
 
 TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
-
-
-class ModelOptions(Strict):
-    """The base model."""
-
-    model_name_or_path: str = Field(
-        description="Hub id, local folder, path of a .gguf file, or package:NAME (a Python package with one)"
-    )
-    revision: str | None = Field(None, description="Hub revision")
-    dtype: Dtype = Field("auto", description="auto: float32 on a CPU, the checkpoint's own elsewhere")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    device_map: DeviceMap = Field(None, description="spread the weights: auto, or module: GPU number, cpu or disk")
-    max_memory: dict[int | str, str] | None = Field(None, description="per device, for device_map, e.g. {0: 70GB}")
-    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
-    load_in_4bit: bool = Field(False, description="hold the linear layers in 4 bits (bitsandbytes)")
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="code book, for load_in_4bit")
-    bnb_4bit_use_double_quant: bool = Field(False, description="quantise the scales too, for load_in_4bit")
 
 
 class DataSource(Strict):
@@ -79,7 +63,9 @@ class DataOptions(Strict):
     template: Literal["plain", "chat"] = Field(
         "plain", description="plain: 'Question: ...\\nAnswer: ...'; chat: the tokenizer's chat template"
     )
-    max_length: PositiveInt = Field(1024, description="tokens per record; longer ones are cut at the end")
+    max_length: PositiveInt = Field(
+        1024, description="tokens per record, or what the model takes; more are cut at the end"
+    )
     learn: DataSource | None = Field(None, description="the task to learn: trained on, and the context in ipm")
     keep: DataSource | None = Field(None, description="the knowledge to keep: the context in kpm")
 
@@ -296,7 +282,7 @@ class EvaluationTask(Strict):
     @classmethod
     def _no_mixture(cls, value: list[Metric]) -> list[Metric]:
         alone = {"perplexity", "accuracy"} & set(value)
-        if alone and len(value) > 1:
+        if alone and set(value) - {"accuracy", "loss", "f1"} and len(value) > 1:
             raise ValueError(f"{sorted(alone)[0]} stands alone; give the other metrics a task of their own")
         return value
 

@@ -1,10 +1,10 @@
-"""Training: a thin call of TRL's SFTTrainer on records that are tokens already."""
+"""Training: a thin call of a trainer, TRL's SFTTrainer unless told otherwise, on records that are tokens already."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Curve:
     """What training logged.
 
     Attributes:
-        loss: Mean loss per response token of each logged step, in nats.
+        loss: Mean loss per response token (of a classifier: per record) of each logged step, in nats.
         step: The optimiser steps they belong to.
         learning_rate: At those steps.
         seconds: Wall-clock time of the training loop.
@@ -68,8 +68,9 @@ def train(
     seed: int = 0,
     progress: Progress = silent,
     meter: DriftMeter | None = None,
+    trainer_of: Callable[[PeftModel, Sequence[Encoded], Path], Trainer] | None = None,
 ) -> Curve:
-    """Train the model's adapter in place, on the loss of response tokens.
+    """Train the model's adapter in place; by default on the loss of response tokens.
 
     Args:
         model: From `attach`.
@@ -81,13 +82,12 @@ def train(
         seed: Of the data order.
         progress: Shows how far it is.
         meter: Read during training, logged, and held to `max_drift`; None for no meter.
+        trainer_of: Makes the trainer of a model, its records and the folder; default: `text_trainer`.
 
     Raises:
         DataError: no record has a response token.
     """
-    from trl import SFTTrainer
-
-    learnt = [one for one in encoded if any(one.response)]
+    learnt = [one for one in encoded if one.learnable]
     if not learnt:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
     processes = world()
@@ -97,11 +97,8 @@ def train(
         model.load_adapter(resume, TRAINED)
         model.eval()
         return _curve(finished, 0.0)
-    arguments = trainer_arguments(options, folder, seed, device_of(model))
-    with _undisturbed(model):
-        trainer = SFTTrainer(
-            model=model, args=arguments, train_dataset=_dataset(learnt, arguments), processing_class=tokenizer
-        )
+    make = trainer_of or functools.partial(text_trainer, tokenizer=tokenizer, options=options, seed=seed)
+    trainer = make(model, learnt, folder)
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
     watch = Watch(meter, options, functools.partial(Trainer.log, trainer)) if meter is not None else None
@@ -121,6 +118,28 @@ def train(
     seconds = time.perf_counter() - start
     model.eval()
     return _curve(trainer.state.log_history, seconds, watch.stopped if watch else None)
+
+
+def text_trainer(
+    model: PeftModel, learnt: Sequence[Encoded], folder: Path, *, tokenizer: Any, options: TrainingOptions, seed: int
+) -> Trainer:
+    """TRL's trainer on the loss of response tokens.
+
+    Args:
+        model: From `attach`.
+        learnt: Records with response tokens.
+        folder: For checkpoints and logs.
+        tokenizer: Its tokenizer; for a model of images and text, its processor.
+        options: TRL's fields.
+        seed: Of the data order.
+    """
+    from trl import SFTTrainer
+
+    arguments = trainer_arguments(options, folder, seed, device_of(model))
+    with _undisturbed(model):
+        return SFTTrainer(
+            model=model, args=arguments, train_dataset=_dataset(learnt, arguments), processing_class=tokenizer
+        )
 
 
 def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = None) -> Curve:
@@ -182,19 +201,36 @@ def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device:
     """
     from trl import SFTConfig
 
+    return arguments_of(SFTConfig, options, folder, seed, device, max_length=None)
+
+
+def arguments_of(kind: Any, options: TrainingOptions, folder: Path, seed: int, device: torch.device, **own: Any) -> Any:
+    """A trainer's arguments for the options.
+
+    Args:
+        kind: Their class: transformers' TrainingArguments or one of its children.
+        options: Its fields and corda's.
+        folder: For checkpoints.
+        seed: Of data order and sampling.
+        device: To train on.
+        own: Fields that no recipe sets.
+
+    Raises:
+        RecipeError: the class refuses them.
+    """
     passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
     try:
-        return SFTConfig(
+        return kind(
             output_dir=str(folder),
             seed=seed,
             data_seed=seed,
             use_cpu=device.type == "cpu",
             bf16=_use_bf16(options, device),
-            max_length=None,
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
             disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
             **passed,
+            **own,
         )
     except (TypeError, ValueError) as error:
         raise RecipeError(

@@ -14,8 +14,8 @@ from corda import models, pipeline
 from corda.chatting import open_pair
 from corda.errors import DataError, ModelError, RecipeError
 from corda.inputs import Inputs
+from corda.options import ModelOptions
 from corda.reading import parse_recipe
-from corda.recipe import ModelOptions
 from tests.conftest import write_jsonl
 from tests.vlms import records, save
 

@@ -75,8 +75,8 @@ def test_the_smallest_components_of_a_real_layer(demo):
     from corda import artifact, linalg, models
     from corda.context import store
     from corda.metric import Metric
+    from corda.options import ModelOptions
     from corda.plan import plan as plans
-    from corda.recipe import ModelOptions
     from corda.targets import LayerSpec, weight_of
 
     folder = demo[1] / "kpm"

@@ -30,6 +30,7 @@ RANKS = [
     {"drift"},
     {"training", "evaluation", "exporting", "inspecting"},
     {"report"},
+    {"kinds"},
     {"inputs"},
     {"bases", "results", "estimate"},
     {"pipeline", "drafting", "chatting"},

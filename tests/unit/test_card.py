@@ -86,7 +86,8 @@ def test_an_export_from_python_has_a_card_too(model, tokenizer, tmp_path):
 
 
 def test_hub_names_reach_the_metadata_and_files_do_not():
-    known = CardFacts("LoRA", "HuggingFaceTB/SmolLM2-135M", datasets=("openai/gsm8k", "mine.jsonl"), images=True)
+    task = "image-text-to-text"
+    known = CardFacts("LoRA", "HuggingFaceTB/SmolLM2-135M", datasets=("openai/gsm8k", "mine.jsonl"), task=task)
     options = parse_export({"push_to_hub": "me/adapter"})
     data = ModelCard(hub_card(known, options)).data.to_dict()
     assert data["base_model"] == "HuggingFaceTB/SmolLM2-135M"

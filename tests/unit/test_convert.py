@@ -17,9 +17,8 @@ import corda
 from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
 from corda.errors import AdapterError
-from corda.options import ExportOptions
+from corda.options import ExportOptions, ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import ModelOptions
 
 IDS = torch.tensor([[5, 9, 100, 33, 7, 250, 41], [77, 3, 8, 160, 161, 12, 90]])
 PLAIN = {"lora_alpha": 8}

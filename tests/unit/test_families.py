@@ -39,10 +39,9 @@ from transformers import (
 )
 
 from corda.adapter import attach, relative_difference
-from corda.architectures import loader
 from corda.context.collect import collect_encoded
 from corda.data.batches import Encoded
-from corda.errors import AdapterError, ModelError, TargetError
+from corda.errors import AdapterError, TargetError
 from corda.exporting.check import probe_logits, spread_probe
 from corda.exporting.export import export
 from corda.plan.make import make_plan
@@ -340,19 +339,6 @@ def test_what_attach_returns_can_be_compiled(tokenizer, texts):
     plain = probe_logits(adapted, probe)
     compiled = torch.compile(adapted, backend="eager")
     assert relative_difference(probe_logits(compiled, probe), plain) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        (BertConfig(architectures=["BertModel"]), "an encoder"),
-        (RobertaConfig(architectures=["RobertaForSequenceClassification"]), "a classifier"),
-        (T5Config(architectures=["T5ForConditionalGeneration"]), "an encoder and a decoder"),
-    ],
-)
-def test_what_recipes_do_not_run_is_refused_by_name(config, what):
-    with pytest.raises(ModelError, match=rf"{what}.*use collect, make_plan"):
-        loader(config)
 
 
 def test_the_table_in_the_docs_is_what_was_run():

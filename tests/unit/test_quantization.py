@@ -15,10 +15,10 @@ from corda.errors import ModelError, PlanError
 from corda.metric import Metric, damping
 from corda.models import Quantisation, Source
 from corda.offload import LazyWeights, empty_model
+from corda.options import ModelOptions
 from corda.plan.make import make_plan
 from corda.plan.plan import corrected
 from corda.reading import parse_adapter, parse_recipe
-from corda.recipe import ModelOptions
 from corda.targets import find_targets, weight_of
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -130,8 +130,8 @@ def test_finished_blocks_are_not_collected_again(model, encoded, tmp_path):
 def test_offloaded_is_whole_with_one_block_in_memory_at_a_time(pico, model, encoded):
     from corda.models import Source
     from corda.offload import LazyWeights, empty_model
+    from corda.options import ModelOptions
     from corda.plan.make import make_plan
-    from corda.recipe import ModelOptions
 
     source = Source(str(pico), None)
     shell = empty_model(source, ModelOptions(model_name_or_path=str(pico)), torch.float32)

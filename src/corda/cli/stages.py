@@ -129,6 +129,7 @@ def evaluate(
             both = (("before", stages.before()), ("after", stages.after()))
             sides = {side: {name: s.as_json() for name, s in scores.values.items()} for side, scores in both}
         else:
+            stages.inputs.kind.refuse_unless_text("the harness")
             tokenizer, size = stages.inputs.tokenizer, stages.recipe.evaluation.batch_size
             sides = {
                 side: harness_scores(

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from corda import adapter, artifact, pipeline, training
 from corda.comparing import peft_made
 from corda.comparing.fairness import refuse_unequal
+from corda.comparing.fronts import LOWER_IS_BETTER
 from corda.comparing.methods import Method
 from corda.comparing.null_space import null_plan
 from corda.comparing.study import Cell, Study, method_of, recipe_of
-from corda.data.batches import encode
 from corda.errors import AdapterError, CordaError
-from corda.evaluation.evaluate import Scores, evaluate
+from corda.evaluation.evaluate import Scores
 from corda.evaluation.scores import change
 from corda.inputs import Inputs
 from corda.pipeline import Stages
@@ -138,11 +138,7 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
     else:
         model, facts, curve = _trained_elsewhere(stages, method)
         with stages.meter.stage("after"):
-            after = _or_none(
-                lambda: evaluate(
-                    model.eval(), stages.inputs.tokenizer, stages.inputs.tasks, stages.recipe, stages.progress
-                )
-            )
+            after = _or_none(lambda: stages.inputs.kind.evaluate(model.eval(), stages.inputs.tasks, stages.progress))
     scores = {"before": _flat(before), "after": _flat(after) if after else {}}
     moved = {k: change(s, after.values[k]).as_json() for k, s in before.values.items()} if after else {}
     ok = after is not None and _sound(before, after, study.learn)
@@ -175,10 +171,7 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
         elif method.kind == "peft":
             model = _built(base, inputs, method)
     step0 = peft_made.relative_change(model, reference, probe)
-    encoded = [
-        encode(record, inputs.tokenizer, template=r.data.template, max_length=r.data.max_length)
-        for record in inputs.learn_records
-    ]
+    encoded = [inputs.kind.encode(record) for record in inputs.learn_records]
     with peft_made.all_trainable(base) if method.kind == "full" else nullcontext(), stages.meter.stage("train"):
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         curve = training.train(
@@ -189,6 +182,7 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
             folder=stages.folder / "checkpoints",
             fingerprint=artifact.fingerprint(method.name, inputs.fingerprints["train"]),
             seed=r.seed,
+            trainer_of=inputs.kind.trainer,
         )
     facts = {"trainable_parameters": count, "step0": step0, "warnings": []}
     return model, facts, vars(curve)
@@ -219,7 +213,7 @@ def _or_none(measure: Any) -> Scores | None:
 
 def _sound(before: Scores, after: Scores, learn: str) -> bool:
     """Whether the task's loss is where a training that converges leaves it."""
-    lower_is_better = learn.endswith(("answer_loss", "perplexity"))
+    lower_is_better = learn.endswith(LOWER_IS_BETTER)
     return not lower_is_better or after.values[learn].value < _DIVERGED * before.values[learn].value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 _STEPS = 21
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-LOWER_IS_BETTER = ("answer_loss", "perplexity")
+LOWER_IS_BETTER = ("answer_loss", "perplexity", "loss")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def retained(metric: str, before: float, after: float) -> float:
         after: Of the trained model.
     """
     kind = metric.rpartition("/")[2]
-    if kind == "answer_loss":
+    if kind in {"answer_loss", "loss"}:
         return 100 * math.exp(min(before - after, 50.0))
     if kind == "perplexity":
         return 100 * before / after

@@ -14,15 +14,15 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from corda.data.batches import Encoded, calibration_rounds, encode, pad_id
+from corda.architectures import heads
+from corda.data.batches import Encoded, calibration_rounds
 from corda.errors import ModelError
 from corda.inputs import Inputs
-from corda.lora_config import target_names
+from corda.lora_config import target_names, task_type
 from corda.plan.make import uniform_rank
 from corda.quantization import is_4bit
 
 _GRADIENT_RECORDS, _ROWS = 32, 4  # LoRA-GA's estimate of the gradient
-_IGNORED = -100
 
 
 def build(model: PreTrainedModel, inputs: Inputs, kind: str, *, frozen: bool = False) -> PeftModel:
@@ -89,7 +89,8 @@ def _config(model: PreTrainedModel, inputs: Inputs, kind: str, frozen: bool) -> 
         "dora": {"use_dora": True},
     }.get(kind, {})
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(model),
+        modules_to_save=heads(model) or None,
         r=rank,
         lora_alpha=rank if options.lora_alpha is None else options.lora_alpha,
         target_modules=target_names(model, [t.name for t in inputs.targets]),
@@ -103,11 +104,11 @@ def _calibration(inputs: Inputs, records: Sequence[Any]) -> list[Encoded]:
         records,
         inputs.tokenizer,
         1,
-        template=r.data.template,
         max_length=r.data.max_length,
         samples=options.samples,
         tokens=options.tokens,
         seed=r.seed,
+        encoding=inputs.kind.encode,
     )
     return chosen
 
@@ -115,32 +116,19 @@ def _calibration(inputs: Inputs, records: Sequence[Any]) -> list[Encoded]:
 @torch.no_grad()
 def _forwards(model: PreTrainedModel, inputs: Inputs) -> None:
     for one in _calibration(inputs, inputs.context_records):  # PEFT's hooks take one row at a time
-        ids = torch.tensor([one.ids], device=model.device)
-        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        fed = {name: value.to(model.device) for name, value in inputs.kind.forward([one]).items()}
+        model.base_model(**fed)
 
 
 def _gradients(model: PreTrainedModel, inputs: Inputs) -> None:
     for batch in _labelled(inputs, inputs.learn_records[:_GRADIENT_RECORDS], _ROWS):
-        model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).loss.backward()
+        model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
 
 
 def _labelled(inputs: Inputs, records: Sequence[Any], rows: int) -> Iterator[dict[str, Tensor]]:
-    data, pad = inputs.recipe.data, pad_id(inputs.tokenizer)
-    encoded = [encode(r, inputs.tokenizer, template=data.template, max_length=data.max_length) for r in records]
-    encoded = [one for one in encoded if any(one.response)]
+    encoded = [one for one in map(inputs.kind.encode, records) if one.learnable]
     for start in range(0, len(encoded), rows):
-        some = encoded[start : start + rows]
-        width = max(map(len, some))
-        ids = torch.full((len(some), width), pad)
-        labels = torch.full((len(some), width), _IGNORED)
-        mask = torch.zeros_like(ids)
-        for row, one in enumerate(some):
-            ids[row, : len(one)] = torch.tensor(one.ids)
-            mask[row, : len(one)] = 1
-            labels[row, : len(one)] = torch.tensor(
-                [t if r else _IGNORED for t, r in zip(one.ids, one.response, strict=True)]
-            )
-        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        yield inputs.kind.batch(encoded[start : start + rows])
 
 
 class _EvaData:

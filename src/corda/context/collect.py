@@ -160,7 +160,7 @@ def collect_encoded(
     ]
     if response_only:
         refuse_response_only(model, layers)
-    images = any(processes.hear(any(batch.more is not None for parts in rounds for batch in parts)))
+    images = any(processes.hear(any(batch.visual for parts in rounds for batch in parts)))
     if images and sharded:
         raise ModelError(
             "a sharded model of images and text cannot be collected on",

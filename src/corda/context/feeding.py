@@ -32,15 +32,17 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     those that a model counts itself, it is left to it: not all of them begin at 0. A model of images and
     text makes its own positions.
     """
-    if batch.more is not None:
-        tokens = {} if "inputs_embeds" in batch.more else {"input_ids": batch.input_ids}
-        return tokens | {"attention_mask": batch.attention_mask, "use_cache": False, **batch.more}
+    more = batch.more or {}
+    if batch.visual:
+        tokens = {} if "inputs_embeds" in more else {"input_ids": batch.input_ids}
+        return tokens | {"attention_mask": batch.attention_mask, "use_cache": False, **more}
     told = batch.packed or not bool(batch.attention_mask[:, 0].all())
     return {
         "input_ids": batch.input_ids,
         "attention_mask": None if batch.packed else batch.attention_mask,
         **({"position_ids": batch.position_ids} if told else {}),
         "use_cache": False,
+        **more,
     }
 
 
@@ -56,7 +58,7 @@ def encoder_inputs(batch: Batch) -> dict[str, Any]:
             where="context.pack_to",
             fix="leave context.pack_to out",
         )
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
 
 
 def feeder(model: nn.Module) -> Callable[[Batch], dict[str, Any]]:

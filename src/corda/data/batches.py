@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from corda.data import images
-from corda.data.formats import Record, Segment, Template, render, to_records
+from corda.data.formats import TEXTS, Record, Segment, Template, render, to_records
 from corda.data.sources import local_file, read_records
 from corda.errors import DataError
 from corda.processing import takes_images, tokenizer_of
@@ -26,8 +26,9 @@ class Encoded:
         ids: Token ids, length L.
         response: Which of them the model has to produce, length L.
         starts: Where each packed record begins; (0,) for a single record.
-        kinds: For a model of images and text, more numbers per token that it takes, length L each.
+        kinds: More numbers per token that a model takes, length L each.
         visual: For a model of images and text, where the pixels come from.
+        labels: Of a text that belongs to a class, the class's number.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +36,12 @@ class Encoded:
     starts: tuple[int, ...] = (0,)
     kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     visual: images.Visual | None = None
+    labels: tuple[int, ...] = ()
+
+    @property
+    def learnable(self) -> bool:
+        """Whether there is anything in it that a model has to produce."""
+        return bool(self.labels) or any(self.response)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,8 +57,9 @@ class Batch:
         position_ids: (B, L) int64, counted from 0 in each record and again in the pads behind.
         counts: (B, L) bool, the tokens whose activations count.
         packed: Some row holds several records.
-        more: For a model of images and text, what else it takes: pixels, and numbers per token; None for a model of
-            text alone.
+        more: What else the model takes: numbers per token, and for a model of images and text pixels; None for
+            nothing.
+        visual: The model is one of images and text.
     """
 
     input_ids: Tensor
@@ -60,6 +68,7 @@ class Batch:
     counts: Tensor
     packed: bool
     more: Mapping[str, Tensor] | None = None
+    visual: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -70,22 +79,24 @@ class Batch:
             self.counts.to(device),
             self.packed,
             None if self.more is None else {name: value.to(device) for name, value in self.more.items()},
+            self.visual,
         )
 
 
-def load_records(source: DataSource, data_dir: Path | None, seed: int) -> list[Record]:
+def load_records(source: DataSource, data_dir: Path | None, seed: int, known: Sequence[str] = TEXTS) -> list[Record]:
     """Read and convert a recipe's data source.
 
     Args:
         source: The data set.
         data_dir: Folder that relative files are looked up in.
         seed: Of the sample that max_records draws.
+        known: The record formats that are of use, see `to_records`.
 
     Raises:
         DataError: see `read_records` and `to_records`.
     """
     raw, file = read_records(source, data_dir, seed), local_file(source, data_dir)
-    return to_records(raw, source.format, source.columns, source.dataset, file.parent if file else None)
+    return to_records(raw, source.format, source.columns, source.dataset, file.parent if file else None, known)
 
 
 def encode(
@@ -156,6 +167,7 @@ def calibration_rounds(
     pack_to: int | None = None,
     seed: int = 0,
     order: Iterator[int] | None = None,
+    encoding: Callable[[Record, int], Encoded] | None = None,
 ) -> list[list[Encoded]]:
     """Draw disjoint sets of calibration samples: records, or windows packed to `pack_to` tokens, until a limit is met.
 
@@ -170,6 +182,7 @@ def calibration_rounds(
         pack_to: Window length; attention does not cross records.
         seed: Of the order drawn.
         order: Indices of records to draw, instead of `seed`; what is not drawn stays in it.
+        encoding: Makes tokens of a record, so many at most, instead of `encode` with template and max_length.
 
     Raises:
         DataError: nothing is left after encoding, or not enough records for every round.
@@ -195,7 +208,10 @@ def calibration_rounds(
                     where="context.pack_to",
                     fix="leave pack_to out; context.tokens limits their number",
                 )
-            one = encode(records[index], tokenizer, template=template, max_length=limit)
+            if encoding is not None:
+                one = encoding(records[index], limit)
+            else:
+                one = encode(records[index], tokenizer, template=template, max_length=limit)
             if len(one):
                 chosen.append(one)
                 used += len(one)
@@ -299,8 +315,8 @@ def padded(
         for name, values in row.kinds.items():
             kinds[name][r, place] = torch.tensor(values)
     seen = [row.visual for row in rows if row.visual is not None]
-    more = {**kinds, **images.joined([one.pixels() for one in seen])} if seen else None
-    return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows), more)
+    more = {**kinds, **images.joined([one.pixels() for one in seen])} if seen or kinds else None
+    return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows), more, bool(seen))
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from corda.data import pictures
+from corda.data import labelled, pictures
 from corda.errors import DataError
 from corda.processing import framed_mark, takes_images, tokenizer_of
 
 Template = Literal["plain", "chat"]
 
+# What models that continue text learn from, in the order in which fields are looked for.
+TEXTS = ("messages", "sharegpt", "choice", "code", "prompt_completion", "qa", "alpaca", "text")
 _FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -23,7 +25,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "qa": ("question", "answer"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "classification": ("label",),  # beside one of the sets of fields in `labelled`
 }
+_ALSO = {"classification": ("text",)}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 _ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
 
@@ -43,8 +47,9 @@ class Record:
     Attributes:
         prompt: Plain text up to the answer; empty for running text.
         response: The answer or the text itself; starts with the white space that separates it.
+        second: Of a pair of texts that belongs to a class, the second one.
         turns: (role, content) pairs for the chat template; the last one is the assistant's.
-        answers: Accepted short answers, the first the canonical one.
+        answers: Accepted short answers, the first the canonical one; of a classified text the name of its class.
         is_text: Running text, all of which counts.
         choices: For multiple choice, the options; `label` is the right one's index.
         images: Paths, bytes or PIL images, in the order of their marks in prompt and turns.
@@ -61,13 +66,14 @@ class Record:
     always_chat: bool = field(default=False)
     images: tuple[Any, ...] = ()
     program: str = ""
+    second: str = ""
 
     @property
     def key(self) -> str:
-        """Prompt (or text) in lower case without punctuation and spacing, and what the images are: equal keys are the
-        same record.
+        """Prompt (or text, or pair of texts) in lower case without punctuation and spacing, and what the images are:
+        equal keys are the same record.
         """
-        text = re.sub(r"\W+", " ", (self.prompt or self.response).lower()).strip()
+        text = re.sub(r"\W+", " ", f"{self.prompt or self.response} {self.second}".lower()).strip()
         return " ".join([text, *(pictures.digest(image) for image in self.images)])
 
 
@@ -77,30 +83,35 @@ def to_records(
     columns: Mapping[str, str] | None = None,
     where: str = "data",
     folder: Path | None = None,
+    known: Sequence[str] = TEXTS,
 ) -> list[Record]:
     """Convert raw records.
 
     Args:
         raw: Dicts with equal fields.
         format: One of the recipe's record formats; "auto" decides on the fields of the first record.
+        known: The formats that are of use, in the order in which "auto" tries them.
         columns: From a format's field to the name that the data uses.
         where: Named in messages.
         folder: Where relative paths of images start.
 
     Raises:
-        DataError: the fields fit no format, or a record has an empty or wrongly typed field.
+        DataError: the format is of no use here, the fields fit none, or a record has an empty or wrongly typed field.
     """
     columns = dict(columns or {})
+    if format != "auto" and format not in known:
+        raise DataError("the format is of no use here", where=where, got=format, expected=", ".join(known))
     mapped = [_renamed(record, columns, where, number) for number, record in enumerate(raw, start=1)]
     if not mapped:
         raise DataError("there are no records", where=where, expected="at least one")
     if format == "auto":
-        format = _detect(mapped[0], columns, where)
+        format = _detect(mapped[0], columns, where, known)
     records = []
     for number, record in enumerate(mapped, start=1):
         missing = [name for name in _FIELDS[format] if record.get(name) is None]
         if missing:
-            raise _no_format(raw[number - 1], f"{where}, record {number}", f"format {format}: {', '.join(missing)}")
+            wanted = f"format {format}: {', '.join(missing)}"
+            raise _no_format(raw[number - 1], f"{where}, record {number}", wanted, known)
         try:
             one, images = _CONVERTERS[format](record), pictures.given(record, folder)
             changed = pictures.placed(one.prompt, one.response, one.turns, one.is_text, images) if images else {}
@@ -197,22 +208,24 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, 
     return {taken.get(key, key): value for key, value in record.items()}
 
 
-def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> str:
-    for name, fields in _FIELDS.items():
-        if all(record.get(f) is not None for f in fields):
+def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, known: Sequence[str]) -> str:
+    for name in known:
+        if all(record.get(f) is not None for f in _FIELDS[name]):
             return name
     inverse = {name: column for name, column in columns.items()}
-    raise _no_format({inverse.get(k, k): v for k, v in record.items()}, where, "one of the known formats")
+    raise _no_format({inverse.get(k, k): v for k, v in record.items()}, where, "one of the known formats", known)
 
 
-def _no_format(record: Mapping[str, Any], where: str, wanted: str) -> DataError:
-    known = "; ".join(f"{name} ({', '.join(fields)})" for name, fields in _FIELDS.items())
+def _no_format(record: Mapping[str, Any], where: str, wanted: str, known: Sequence[str]) -> DataError:
+    formats = "; ".join(f"{name} ({', '.join((*_ALSO.get(name, ()), *_FIELDS[name]))})" for name in known)
+    first, *others = (*_ALSO.get(known[0], ()), *_FIELDS[known[0]]) if len(known) == 1 else _FIELDS["qa"]
+    mapped = f"{first}: your_column, {others[-1]}: your_other_column"
     return DataError(
         "the records fit no format",
         where=where,
         got=f"fields {', '.join(record)}",
-        expected=f"{wanted}; known are {known}",
-        fix="map the fields, for example `columns: {question: your_column, answer: your_other_column}`",
+        expected=f"{wanted}; known are {formats}",
+        fix=f"map the fields, for example `columns: {{{mapped}}}`",
     )
 
 
@@ -283,6 +296,14 @@ def _choice(record: Mapping[str, Any]) -> Record:
     return Record(context, f" {choices[label]}", choices=choices, label=label, answers=(choices[label],))
 
 
+def _classification(record: Mapping[str, Any]) -> Record:
+    for fields in labelled.TEXTS:
+        if all(record.get(name) is not None for name in fields):
+            first, second = (*(_text(record[name], name) for name in fields), "")[:2]
+            return Record(first, "", second=second, answers=(labelled.class_name(record["label"]),))
+    raise ValueError(f"no text beside the label: expected {labelled.described()}")
+
+
 def _code(record: Mapping[str, Any]) -> Record:
     prompt, test, name = (_text(record[key], key) for key in ("prompt", "test", "entry_point"))
     if not name.isidentifier():
@@ -301,4 +322,5 @@ _CONVERTERS = {
     "text": _running_text,
     "choice": _choice,
     "code": _code,
+    "classification": _classification,
 }

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from corda import architectures, models
 from corda.context.blocks import find_blocks
-from corda.data.batches import encode
 from corda.errors import DataError, ModelError, ResourceError
 from corda.estimate.rehearse import shared_inputs
 from corda.inputs import Inputs
@@ -50,31 +49,33 @@ class Tokens:
 
 
 class Facts:
-    """Model and data of a recipe, without a weight."""
+    """Model and data of a recipe, without a weight.
+
+    Raises:
+        RecipeError: the recipe trains something else than a model that continues text.
+    """
 
     def __init__(self, inputs: Inputs, kind: str) -> None:
+        inputs.kind.refuse_unless_text("corda estimate")
         self.inputs, self.recipe, self.kind = inputs, inputs.recipe, kind
         self.notes: list[str] = []
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """On the meta device."""
-        return models.skeleton(self.inputs.source, self.recipe.model)
+        return models.skeleton(self.inputs.source, self.inputs.model)
 
     def build(self) -> PreTrainedModel:
         """The model anew, on whatever device is current."""
-        trusted = {"trust_remote_code": self.recipe.model.trust_remote_code}
-        model: PreTrainedModel = architectures.loader(self._config).from_config(
-            copy.deepcopy(self._config), dtype=self.dtype, **trusted
+        options = self.inputs.model
+        model: PreTrainedModel = architectures.loader(self._config, options.task).from_config(
+            copy.deepcopy(self._config), dtype=self.dtype, trust_remote_code=options.trust_remote_code
         )
         return model
 
     @cached_property
     def _config(self) -> Any:
-        options, source = self.recipe.model, self.inputs.source
-        return AutoConfig.from_pretrained(
-            source.path, revision=source.revision, trust_remote_code=options.trust_remote_code
-        )
+        return models.config_of(self.inputs.source, self.inputs.model)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -248,9 +249,4 @@ class Facts:
         step = options.per_device_train_batch_size * options.gradient_accumulation_steps
         count = min(len(records), _DRAWN, step * options.max_steps if options.max_steps > 0 else len(records))
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(r.seed))[:count].tolist()
-        data = r.data
-        lengths = [
-            len(encode(records[i], self.inputs.tokenizer, template=data.template, max_length=data.max_length))
-            for i in order
-        ]
-        return lengths, len(records)
+        return [len(self.inputs.kind.encode(records[i])) for i in order], len(records)

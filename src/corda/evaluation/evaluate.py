@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from corda.evaluation.generation import exact_match
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity
 from corda.evaluation.scores import Score
 from corda.progress import Progress, silent
-from corda.recipe import EvaluationTask, Recipe
+from corda.recipe import DataSource, EvaluationTask, Recipe
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,23 @@ class Scores:
         return cls(values, raw["answers"])
 
 
-def load_tasks(recipe: Recipe) -> list[Task]:
+def load_tasks(
+    recipe: Recipe,
+    read: Callable[[DataSource], list[Record]] | None = None,
+    check: Callable[[Task], None] | None = None,
+) -> list[Task]:
     """Read every task's records.
+
+    Args:
+        recipe: With the tasks.
+        read: Gives a data set's records; default: `load_records`.
+        check: Refuses metrics that do not fit; default: `check_metrics`.
 
     Raises:
         RecipeError: a task runs what the model writes, and evaluation.execute_code does not allow it.
         DataError: see `load_records`; or shots are asked for and there is nothing to take them from.
     """
+    read = read or (lambda source: load_records(source, recipe.data.data_dir, recipe.seed))
     tasks = []
     for name, options in recipe.evaluation.tasks.items():
         if "pass_at_1" in options.metrics and not recipe.evaluation.execute_code:
@@ -77,19 +87,24 @@ def load_tasks(recipe: Recipe) -> list[Task]:
                 where=f"evaluation.tasks.{name}",
                 fix="set evaluation.execute_code: true on a machine where that does no harm",
             )
-        records = load_records(options.dataset, recipe.data.data_dir, recipe.seed)
-        _check_metrics(name, options, records)
         shots: list[Record] = []
         if options.shots:
             origin = options.shots_from or (recipe.data.keep if options.measures == "keep" else recipe.data.learn)
             if origin is None:
                 raise DataError("shots are asked for, but there is no data to take them from", where=name)
-            shots = load_records(origin, recipe.data.data_dir, recipe.seed)[: options.shots]
-        tasks.append(Task(name, options, tuple(records), tuple(shots)))
+            shots = read(origin)[: options.shots]
+        tasks.append(Task(name, options, tuple(read(options.dataset)), tuple(shots)))
+        (check or check_metrics)(tasks[-1])
     return tasks
 
 
-def _check_metrics(name: str, options: EvaluationTask, records: Sequence[Record]) -> None:
+def check_metrics(task: Task) -> None:
+    """Refuse metrics that do not fit a task's records, for a model that continues text.
+
+    Raises:
+        DataError: names metric and task.
+    """
+    records = task.records
     wanted = {
         "perplexity": ("running text", all(r.is_text for r in records)),
         "accuracy": ("choices and a label", all(r.choices for r in records)),
@@ -97,12 +112,12 @@ def _check_metrics(name: str, options: EvaluationTask, records: Sequence[Record]
         "pass_at_1": ("a prompt, a test and an entry point", all(r.program for r in records)),
         "answer_loss": ("a prompt with an answer", not any(r.is_text or r.choices for r in records)),
     }
-    for metric in options.metrics:
-        needs, fits = wanted[metric]
+    for metric in task.options.metrics:
+        needs, fits = wanted.get(metric, ("classes, for a classifier", False))
         if not fits:
             raise DataError(
                 f"the metric {metric} does not fit the data",
-                where=f"evaluation.tasks.{name}",
+                where=f"evaluation.tasks.{task.name}",
                 expected=f"records with {needs}",
                 fix="choose another metric or data set",
             )

@@ -9,11 +9,21 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from corda.options import ExportOptions
+from corda.architectures import loader_name
+from corda.options import ExportOptions, ModelTask
 
 _PLACE = "path/to/this/folder"
 _RELATION = {"lora": "adapter", "merged": "finetune"}  # a residual base is neither
-_METRICS = {"answer_loss": "loss", "exact_match": "exact_match", "accuracy": "accuracy", "perplexity": "perplexity"}
+_METRICS = {"answer_loss": "loss", "pass_at_1": "pass@1"}  # the Hub's names where they are others
+_UNITS = {"answer_loss": "loss, nats per token", "loss": "loss, nats per record", "perplexity": "perplexity"}
+# As the Hub files models, by what they are for.
+_PIPELINES: dict[ModelTask, str] = {
+    "causal-lm": "text-generation",
+    "image-text-to-text": "image-text-to-text",
+    "seq2seq-lm": "text2text-generation",
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class CardScore:
 
     Attributes:
         task: The recipe's name of the task.
-        metric: answer_loss (nats per token), exact_match or accuracy (shares), or perplexity.
+        metric: answer_loss (nats per token), loss (per record), exact_match, accuracy or f1 (shares), or perplexity.
         dataset: Hub id, or name of a file.
         side: "learn" or "keep".
         before: Of the base: (mean, standard error).
@@ -49,7 +59,8 @@ class CardFacts:
         method: In words, e.g. "CorDA, knowledge-preserved mode".
         base: The original base as the user named it.
         note: What a reader must know of its weights.
-        images: Whether the model takes images.
+        task: What the model is for.
+        classes: Names of a classifier's classes by number.
         tags: For the Hub's search.
         datasets: Names of data sets; only Hub ids go into the metadata.
         license: As the Hub names it.
@@ -61,7 +72,8 @@ class CardFacts:
     method: str
     base: str
     note: str | None = None
-    images: bool = False
+    task: ModelTask = "causal-lm"
+    classes: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
     license: str | None = None
@@ -83,13 +95,13 @@ def hub_card(known: CardFacts, options: ExportOptions) -> str:
     data = ModelCardData(
         base_model=known.base if hub_id(known.base) else None,
         library_name="transformers" if merged else "peft",
-        pipeline_tag="image-text-to-text" if known.images else "text-generation",
+        pipeline_tag=_PIPELINES[known.task],
         tags=list(dict.fromkeys(["lora", "corda", *known.tags])),
         datasets=[name for name in dict.fromkeys(known.datasets) if hub_id(name)] or None,
         license=options.license or known.license,
-        metrics=list(dict.fromkeys(_METRICS[score.metric] for score in known.scores)) or None,
+        metrics=list(dict.fromkeys(_METRICS.get(score.metric, score.metric) for score in known.scores)) or None,
         model_name=title if known.scores else None,
-        eval_results=[_result(score) for score in known.scores] or None,
+        eval_results=[_result(score, _PIPELINES[known.task]) for score in known.scores] or None,
         base_model_relation=_RELATION.get(options.format) if hub_id(known.base) else None,
     )
     base = (Path(known.base).name if _is_path(known.base) else known.base) + (f" ({known.note})" if known.note else "")
@@ -114,13 +126,17 @@ def load_snippet(known: CardFacts, options: ExportOptions) -> str:
     """Three lines of Python that load the export, fenced.
 
     Args:
-        known: For the base and whether it takes images.
+        known: For the base and what it is for.
         options: For form and place of the export.
     """
-    loader = "AutoModelForImageTextToText" if known.images else "AutoModelForCausalLM"
+    loader = loader_name(known.task)
     original = known.base if hub_id(known.base) or Path(known.base).is_dir() else "path/to/the/base/model"
     place = options.push_to_hub or _PLACE
-    model = f'{loader}.from_pretrained("{original if options.format == "lora" else place}")'
+    head = ""
+    if known.classes and options.format != "merged":
+        named = known.classes != tuple(f"LABEL_{i}" for i in range(len(known.classes)))
+        head = f", id2label={dict(enumerate(known.classes))}" if named else f", num_labels={len(known.classes)}"
+    model = f'{loader}.from_pretrained("{original if options.format == "lora" else place}"{head})'
     lines = [f"from transformers import {loader}", f"model = {model}"]
     if options.format != "merged":
         beside = f'"{place}"' if options.format == "lora" else f'"{place}", subfolder="adapter"'
@@ -176,13 +192,13 @@ def _what_it_is(options: ExportOptions) -> str:
     return text + "."
 
 
-def _result(score: CardScore) -> EvalResult:
+def _result(score: CardScore, pipeline: str) -> EvalResult:
     return EvalResult(
-        task_type="text-generation",
+        task_type=pipeline,
         dataset_type=score.dataset if hub_id(score.dataset) else "local-file",
         dataset_name=score.task,
         dataset_config=score.task,  # without it, tasks of one data set would be taken for one
-        metric_type=_METRICS[score.metric],
+        metric_type=_METRICS.get(score.metric, score.metric),
         metric_name=f"{score.metric} on {'the task learnt' if score.side == 'learn' else 'what was to be kept'}",
         metric_value=score.after[0],
     )
@@ -191,10 +207,8 @@ def _result(score: CardScore) -> EvalResult:
 def _table(scores: Sequence[CardScore]) -> str:
     lines = ["| task | measures | metric | n | base | tuned | change |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for score in scores:
-        percent = score.metric in {"exact_match", "accuracy"}
-        unit = {"answer_loss": "loss, nats per token", "perplexity": "perplexity"}.get(
-            score.metric, f"{score.metric}, %"
-        )
+        unit = _UNITS.get(score.metric, f"{score.metric}, %")
+        percent = score.metric not in _UNITS
         cells = [_value(one, percent) for one in (score.before, score.after)] + [_value(score.change, percent, "+")]
         side = "learn" if score.side == "learn" else "keep"
         lines.append(f"| {score.task} | {side} | {unit.replace('_', ' ')} | {score.n} | {' | '.join(cells)} |")

@@ -24,8 +24,7 @@ from corda.exporting.export import published, write_checked
 from corda.exporting.forms import Exported, Work
 from corda.exporting.update import Factors, Update, account, subtract
 from corda.exporting.write import layer_of, shift_weights
-from corda.options import ExportOptions
-from corda.recipe import ModelOptions
+from corda.options import ExportOptions, ModelOptions
 
 # Initialisations of PEFT's that take the start of the adapter out of the base weights.
 _SUBTRACTING = ("pissa", "corda", "olora", "loftq", "lora_ga")

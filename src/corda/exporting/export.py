@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import artifact
-from corda.architectures import takes_images
+from corda.architectures import classes_of, task_of_model
 from corda.errors import AdapterError, ArtifactError
 from corda.exporting import four_bit, hub
 from corda.exporting.card import CardFacts, hub_card, license_of
@@ -167,16 +167,17 @@ def published(done: Exported, options: ExportOptions) -> Exported:
 
 def _told(work: Work) -> CardFacts:
     """What is known of an adapter that no recipe made."""
-    update, config = work.update, work.live.get_base_model().config
+    update, base_model = work.update, work.live.get_base_model()
     ranks = [factors.A.shape[0] for factors in update.trained.values()]
     counted = sum(factors.A.numel() + factors.B.numel() for factors in update.trained.values())
     facts = [("Trained parameters", f"{counted:,} in {len(ranks)} layers")] if ranks else []
     facts += [("Rank while training", ", ".join(map(str, sorted(set(ranks)))))] if ranks else []
-    base = update.base or str(getattr(config, "_name_or_path", "")) or "the base model"
+    base = update.base or str(getattr(base_model.config, "_name_or_path", "")) or "the base model"
     return CardFacts(
         "CorDA" if update.start else "LoRA",
         base,
-        images=takes_images(config),
+        task=task_of_model(base_model),
+        classes=classes_of(base_model),
         license=license_of(base),
         facts=tuple(facts),
     )

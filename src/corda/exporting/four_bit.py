@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from corda import architectures, artifact
+from corda import artifact
 from corda.adapter import relative_difference
 from corda.exporting.check import confirm, probe_logits, reloader
 from corda.exporting.forms import BESIDE, Exported, Work, agreed_tolerance, size_of, with_update
@@ -109,7 +109,6 @@ def _put(model: nn.Module, name: str, module: Any) -> None:
 
 
 def _reloaded(folder: Path, live: PreTrainedModel) -> PreTrainedModel:
-    loader = architectures.loader(live.config)
-    model: PreTrainedModel = loader.from_pretrained(str(folder), dtype=live.dtype, device_map={"": live.device})
+    model: PreTrainedModel = type(live).from_pretrained(str(folder), dtype=live.dtype, device_map={"": live.device})
     keep_exact(model)
     return model.eval()

@@ -10,6 +10,7 @@ import yaml
 
 from corda.evaluation.scores import Score, change
 from corda.exporting.card import CardFacts, CardScore, hub_card, hub_id, license_of
+from corda.options import ModelOptions
 from corda.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def model_card(
     before: Mapping[str, Score] | None = None,
     after: Mapping[str, Score] | None = None,
     steps: int | None = None,
-    images: bool = False,
+    model: ModelOptions | None = None,
 ) -> str:
     """README.md of an export: how it was made, what it scores and how to load it.
 
@@ -49,7 +50,7 @@ def model_card(
         before: "task/metric" -> score of the base, where it was measured.
         after: The same of the trained model.
         steps: Optimiser steps trained, where known.
-        images: Whether the model takes images.
+        model: The recipe's options of the model, with its task and classes filled in.
     """
     learn, keep = recipe.data.learn, recipe.data.keep
     used = [one.dataset for one in (learn, keep) if one]
@@ -75,11 +76,13 @@ def model_card(
     if tokens:
         facts.insert(2, ("Calibration", f"{tokens:,} tokens"))
     measured = _scores(recipe, before, after) if before and after else ()
+    options = model or recipe.model
     known = CardFacts(
         method=method_name(plan.mode),
         base=recipe.model.model_name_or_path,
         note=source.note,
-        images=images,
+        task="causal-lm" if options.task == "auto" else options.task,
+        classes=tuple((options.id2label or {}).values()),
         tags=(plan.mode,),
         datasets=tuple(used),
         license=license_of(source.path),

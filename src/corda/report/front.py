@@ -15,7 +15,13 @@ COLOURS = (
     *("#5f9e2f", "#b08a52", "#2f9eb3", "#8c4a2f"),
 )
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "pentagon")
-_LABELS = {"answer_loss": "loss, nats per token", "perplexity": "perplexity", "exact_match": "exact match"}
+_LABELS = {
+    "answer_loss": "loss, nats per token",
+    "loss": "loss, nats per record",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "f1": "F1",
+}
 _WINDOW = 10  # a tenth of the steps
 
 
@@ -129,7 +135,7 @@ def _rise(run: Mapping[str, Any], keep: str) -> float:
 
 
 def _more_is_better(metric: str) -> bool:
-    return metric.rpartition("/")[2] not in {"answer_loss", "perplexity"}
+    return metric.rpartition("/")[2] not in {"answer_loss", "loss", "perplexity"}
 
 
 def _axis(metric: str) -> str:

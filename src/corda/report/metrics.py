@@ -32,6 +32,8 @@ METRICS = {
     "perplexity": Metric("perplexity", "perplexity", -1, digits=2),
     "exact_match": Metric("exact match, %", "exact match in %", 1, 100, 1),
     "accuracy": Metric("accuracy, %", "accuracy in %", 1, 100, 1),
+    "f1": Metric("F1, %", "F1 in %", 1, 100, 1),
+    "loss": Metric("loss, nats per record", "loss", -1),
     "pass_at_1": Metric("programs right, %", "programs right in %", 1, 100, 1),
 }
 

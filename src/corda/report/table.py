@@ -13,6 +13,8 @@ _LABELS = {
     "exact_match": "exact match %",
     "perplexity": "perplexity",
     "accuracy": "accuracy %",
+    "f1": "F1 %",
+    "loss": "loss (nats/record)",
     "pass_at_1": "programs right %",
 }
 _SHORT = {
@@ -22,7 +24,7 @@ _SHORT = {
     "contrast": "CorDA-contrast",
     "lora": "LoRA",
 }
-_PERCENT = {"exact_match", "accuracy", "pass_at_1"}
+_PERCENT = {"exact_match", "accuracy", "f1", "pass_at_1"}
 
 
 def short_name(results: dict[str, Any]) -> str:

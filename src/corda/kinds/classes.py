@@ -1,0 +1,267 @@
+"""Texts, or pairs of texts, that belong to classes: a head is trained in full beside the adapter, by transformers.
+
+The loss of a step is the cross-entropy summed over its records, over their number, however they are gathered from
+batches: some of transformers' classifiers average over each batch whatever the trainer tells them, and a gradient that
+is accumulated over k batches is then k times too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from corda import models, training
+from corda.architectures import has_head
+from corda.data import labelled
+from corda.data.batches import Encoded, pad_id, padded
+from corda.data.formats import TEXTS, Record
+from corda.errors import DataError, ModelError
+from corda.evaluation.classification import METRICS, class_logits, class_scores
+from corda.evaluation.evaluate import Scores, Task
+from corda.evaluation.generation import Answer
+from corda.evaluation.scores import Score
+from corda.kinds.kind import Kind, refused
+from corda.options import ModelOptions
+from corda.progress import Progress, silent
+from corda.sharding import device_of
+
+
+class Classes(Kind):
+    """See the module."""
+
+    formats = ("classification",)
+    kept = (*(name for name in TEXTS if name != "text"), "classification", "text")
+
+    @property
+    def model(self) -> ModelOptions:
+        """The recipe's options of the model, with the classes of the head and its seed filled in."""
+        return super().model.model_copy(update={"id2label": dict(enumerate(self.classes)), "head_seed": self._seed})
+
+    def head(self) -> list[Any]:
+        """Task, classes and seed of the head."""
+        return [self.task, list(self.classes), self._seed]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return models.load_tokenizer(self.source, super().model)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes by number: the checkpoint's head's, or as the recipe has them, or those of data.learn.
+
+        Raises:
+            ModelError: the recipe asks for other classes than the checkpoint's head has.
+            DataError: the data does not have at least two classes, or more than the recipe says.
+        """
+        options = self.recipe.model
+        config = self._config
+        asked = len(options.id2label) if options.id2label else options.num_labels
+        stored = tuple(config.id2label[i] for i in sorted(config.id2label)) if has_head(config, self.task) else ()
+        if stored and asked not in {None, len(stored)}:
+            raise ModelError(
+                "the checkpoint has a head for another number of classes",
+                where=f"model.model_name_or_path, {self.source.path}",
+                got=f"{len(stored)} classes",
+                expected=f"{asked}, as model.num_labels or model.id2label says",
+                fix="leave these out, or start from a checkpoint without a head",
+            )
+        if options.id2label is not None:
+            return tuple(options.id2label[i] for i in range(len(options.id2label)))
+        if stored:
+            return stored
+        assert self.recipe.data.learn is not None
+        found = labelled.found_classes(record.answers[0] for record in self.learn_records)
+        if len(found) < 2 or (asked is not None and len(found) > asked):
+            raise DataError(
+                "the data has too few classes" if len(found) < 2 else "the data has more classes than the head",
+                where=self.recipe.data.learn.dataset,
+                got=f"{len(found)}: {', '.join(found[:5])}",
+                expected="at least 2" if asked is None else f"at least 2, at most model.num_labels {asked}",
+                fix="check the `label` column; numbers count from 0",
+            )
+        return (*found, *(f"LABEL_{i}" for i in range(len(found), asked or 0)))
+
+    def encode(self, record: Record, limit: int | None = None) -> Encoded:
+        """A record as tokens, its text with the special tokens of the tokenizer.
+
+        Args:
+            record: From `records`.
+            limit: At most so many tokens, and at most data.max_length, and what the model takes.
+        """
+        longest = min(x for x in (self.recipe.data.max_length, self._positions, limit) if x is not None)
+        kinds = getattr(self._config, "type_vocab_size", None) or 0
+        first = record.prompt + record.response
+        ids, more = labelled.tokenised(first, record.second, self.tokenizer, longest, kinds=kinds > 1)
+        labels = (labelled.class_number(record.answers[0], self.classes, "label"),) if _classified(record) else ()
+        return Encoded(ids, (False,) * len(ids), kinds=more, labels=labels)
+
+    def forward(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Padded (B, L) ids and what belongs to them."""
+        made = padded(rows, pad_id(self.tokenizer))
+        return {"input_ids": made.input_ids, "attention_mask": made.attention_mask, **(made.more or {})}
+
+    def batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Padded (B, L) ids and what belongs to them; labels are the numbers of the classes, (B,)."""
+        return self.forward(rows) | {"labels": torch.tensor([row.labels[0] for row in rows])}
+
+    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+        """transformers' trainer.
+
+        Args:
+            model: From `attach`.
+            learnt: Records that have something to learn from.
+            folder: For checkpoints.
+        """
+        smoothing = float((self.recipe.training.model_extra or {}).get("label_smoothing_factor", 0.0))
+
+        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+            return mean_loss(outputs["logits"], labels, num_items_in_batch, smoothing)
+
+        return Trainer(
+            model=model,
+            args=self._arguments(folder, device_of(model)),
+            train_dataset=list(learnt),
+            data_collator=self.batch,
+            processing_class=self.tokenizer,
+            compute_loss_func=loss,
+        )
+
+    def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
+        """Refuse what can be found wrong before a weight is loaded.
+
+        Args:
+            used: Name of a data set in use -> its records.
+            device: To train on.
+
+        Raises:
+            CordaError: a head, an option or a label that is of no use here, named.
+        """
+        r, config = self.recipe, self._config
+        kind = getattr(config, "problem_type", None)
+        two = getattr(config, "is_encoder_decoder", False)
+        if two or kind not in {None, "single_label_classification"}:
+            raise ModelError(
+                "recipes train heads that choose one class of a text, on an encoder or on a decoder",
+                where=f"model.model_name_or_path, {self.source.path}",
+                got="an encoder with a decoder" if two else f"problem_type {kind}",
+                fix="use collect_running, make_plan, attach and export with a trainer of your own",
+            )
+        refused(
+            (
+                ("context.pack_to", r.context.pack_to is not None, "leave it out: an encoder sees a whole window"),
+                ("context.positions", r.context.positions == "response", "set it to all: no token is an answer"),
+                ("context.offload", r.context.offload, "set it to false: a fresh head is in no checkpoint"),
+                (
+                    "data.template",
+                    r.data.template == "chat",
+                    "leave it out: texts are put in as they are",
+                ),
+                (
+                    "model.load_in_4bit",
+                    models.quantisation(self.source, super().model) is not None,
+                    "leave it out: the head is trained in full, and its covariances need weights in full precision",
+                ),
+            ),
+            self.task,
+        )
+        self._arguments(r.output_dir / "checkpoints", device)
+        for record in self.learn_records:
+            labelled.class_number(record.answers[0], self.classes, "data.learn")
+
+    def check_task(self, task: Task) -> None:
+        """Refuse metrics that do not fit a task's records.
+
+        Raises:
+            DataError: names metric and task.
+        """
+        where = f"evaluation.tasks.{task.name}"
+        wrong = [metric for metric in task.options.metrics if metric not in METRICS]
+        if wrong:
+            raise DataError(
+                f"the metric {wrong[0]} is none of a classifier's",
+                where=where,
+                expected=", ".join(METRICS),
+                fix=f"set metrics: [{', '.join(METRICS)}]",
+            )
+        if task.shots:
+            raise DataError("a classifier is shown no solved examples", where=where, fix="leave shots out")
+        for record in task.records:
+            labelled.class_number(record.answers[0], self.classes, where)
+
+    def evaluate(self, model: nn.Module, tasks: Sequence[Task], progress: Progress = silent) -> Scores:
+        """Measure tasks on a model in eval mode.
+
+        Args:
+            model: The base, or with its adapter.
+            tasks: What to measure.
+            progress: Shows how far it is.
+        """
+        options, values, shown = self.recipe.evaluation, dict[str, Score](), {}
+        for task in tasks:
+            encoded = [self.encode(record) for record in task.records]
+            logits = class_logits(model, encoded, pad_id(self.tokenizer), options.batch_size, progress)
+            scores = class_scores(logits, [one.labels[0] for one in encoded])
+            values |= {f"{task.name}/{metric}": scores[metric] for metric in task.options.metrics}
+            guesses = logits.argmax(-1)[: options.samples_shown].tolist()
+            shown[task.name] = [
+                Answer(
+                    "\n".join(part for part in (record.prompt, record.second) if part),
+                    (self.classes[one.labels[0]],),
+                    self.classes[guess],
+                    guess == one.labels[0],
+                ).as_json()
+                for record, one, guess in zip(task.records, encoded, guesses, strict=False)
+            ]
+        return Scores(values, shown)
+
+    @property
+    def _seed(self) -> int:
+        seed = self.recipe.model.head_seed
+        return self.recipe.seed if seed is None else seed
+
+    @cached_property
+    def _config(self) -> Any:
+        """The checkpoint's own, whatever classes are asked for."""
+        plain = self.recipe.model.model_copy(update={"num_labels": None, "id2label": None})
+        return models.config_of(self.source, plain)
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """The longest text in tokens that the model takes; None where nothing limits it."""
+        places = [
+            module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            for name, module in models.skeleton(self.source, super().model).named_modules()
+            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        ]
+        return min([*places, int(self.tokenizer.model_max_length)])
+
+    def _arguments(self, folder: Path, device: torch.device) -> TrainingArguments:
+        own = {"remove_unused_columns": False, "label_names": ["labels"]}
+        return training.arguments_of(TrainingArguments, self.recipe.training, folder, self.recipe.seed, device, **own)
+
+
+def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in nats summed over what has a label, over `count`.
+
+    Args:
+        logits: (..., classes).
+        labels: (...) numbers of classes; -100 is left out.
+        count: Labels of the whole optimiser step; default: those given.
+        smoothing: Share of the target that goes to all classes alike.
+    """
+    flat, targets = logits.flatten(0, -2).float(), labels.flatten()
+    total = nn.functional.cross_entropy(flat, targets, reduction="sum", label_smoothing=smoothing)
+    return total / ((targets != -100).sum() if count is None else count)
+
+
+def _classified(record: Record) -> bool:
+    """Whether a record came with a class: what is only to be kept need not."""
+    return bool(record.answers) and not record.response

@@ -1,0 +1,133 @@
+"""Models that continue text, with images or without: trained by TRL on the tokens of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+
+from corda import models, training
+from corda.data.batches import Encoded, encode, pad_id, padded
+from corda.data.formats import TEXTS, Record, render
+from corda.errors import RecipeError
+from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate
+from corda.kinds.kind import Kind
+from corda.processing import takes_images
+from corda.progress import Progress, silent
+
+_LOOKED_AT = 100
+_IGNORED = -100
+
+
+class Text(Kind):
+    """See the module."""
+
+    formats = kept = TEXTS
+
+    def encode(self, record: Record, limit: int | None = None) -> Encoded:
+        """A record as tokens, its text as the template has it. A record whose images do not fit has no tokens.
+
+        Args:
+            record: From `records`.
+            limit: At most so many tokens, and at most data.max_length.
+        """
+        data = self.recipe.data
+        longest = data.max_length if limit is None else min(data.max_length, limit)
+        return encode(record, self.tokenizer, template=data.template, max_length=longest)
+
+    def forward(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """(B, L) ids and what belongs to them; records without images are cut to the length of the shortest."""
+        if takes_images(self.tokenizer):
+            batch = padded(rows, pad_id(self.tokenizer))
+            return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **(batch.more or {})}
+        width = min(len(row) for row in rows)
+        ids = torch.tensor([row.ids[:width] for row in rows])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def shown(self, records: Sequence[Record], limit: int) -> dict[str, Tensor]:
+        """`forward` of some records: (B, L) ids and what belongs to them.
+
+        Args:
+            records: From `records`.
+            limit: At most so many tokens of each; a record with images is not cut.
+        """
+        whole = takes_images(self.tokenizer)
+        return self.forward([self.encode(record, None if whole else limit) for record in records])
+
+    def batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Padded (B, L) ids; labels are the tokens of answers, (B, L)."""
+        made = padded(rows, pad_id(self.tokenizer), response_only=True)
+        labels = made.input_ids.masked_fill(~made.counts, _IGNORED)
+        ids = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
+        return ids | {"labels": labels, **(made.more or {})}
+
+    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+        """TRL's trainer.
+
+        Args:
+            model: From `attach`.
+            learnt: Records that have something to learn from.
+            folder: For checkpoints.
+        """
+        r = self.recipe
+        return training.text_trainer(model, learnt, folder, tokenizer=self.tokenizer, options=r.training, seed=r.seed)
+
+    def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
+        """Refuse what can be found wrong before a weight is loaded.
+
+        Args:
+            used: Name of a data set in use -> its records.
+            device: To train on.
+
+        Raises:
+            CordaError: a record that cannot be rendered, or an option that the trainer or images do not allow.
+        """
+        r = self.recipe
+        training.trainer_arguments(r.training, r.output_dir / "checkpoints", r.seed, device)
+        for records in used.values():
+            for record in records[:_LOOKED_AT]:
+                render(record, self.tokenizer, r.data.template)
+        if takes_images(self.tokenizer):
+            self._check_images(used)
+
+    def check_task(self, task: Task) -> None:
+        """Refuse metrics that do not fit a task's records.
+
+        Raises:
+            DataError: names metric and task.
+        """
+        check_metrics(task)
+
+    def evaluate(self, model: nn.Module, tasks: Sequence[Task], progress: Progress = silent) -> Scores:
+        """Measure tasks on a model in eval mode.
+
+        Args:
+            model: The base, or with its adapter.
+            tasks: What to measure.
+            progress: Shows how far it is.
+        """
+        return evaluate(model, self.tokenizer, tasks, self.recipe, progress)
+
+    def _check_images(self, used: Mapping[str, Sequence[Record]]) -> None:
+        """Refuse what is not done for models of images and text, and images that do not fit data.max_length."""
+        recipe = self.recipe
+        for key, wrong in (
+            ("context.pack_to", recipe.context.pack_to is not None),
+            ("context.offload", recipe.context.offload),
+            ("model.load_in_4bit", models.quantisation(self.source, self.model) is not None),
+        ):
+            if wrong:
+                raise RecipeError("this is not done for a model of images and text", where=key, fix="leave it out")
+        for origin, records in used.items():
+            shown = next((record for record in records if record.images), None)
+            if shown and not len(self.encode(shown)):
+                raise RecipeError(
+                    f"the images of a record in {origin} are more tokens than a record may have",
+                    where="data.max_length",
+                    got=recipe.data.max_length,
+                    fix="raise it",
+                )
