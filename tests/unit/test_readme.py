@@ -15,6 +15,19 @@ def test_the_table_is_the_result_files():
     assert module["table"](results) in (ROOT / "README.md").read_text()
 
 
+def test_the_speeds_are_the_result_files():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = ROOT / "benchmarks" / "results"
+    whole, small, large = (
+        json.loads((results / f"{name}.json").read_text())
+        for name in ("init-smollm2", "decompose-small-4096-r128", "decompose-large-4096-r128")
+    )
+    memory = whole["extra_memory"]["ratio"]
+    assert f"SmolLM2-135M is {whole['ratio']:.1f} times as fast with {memory:.2f} of the extra memory" in readme
+    assert f"{small['ratio']:.1f} times as fast for the smallest" in readme
+    assert f"and {large['ratio']:.1f} times for the largest" in readme
+
+
 def test_results_say_where_they_come_from():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         result = json.loads(path.read_text())
