@@ -37,16 +37,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, or one or several keys or values are wrong; all are named.
     """
+    raw = read_mapping(path, "recipe")
+    apply_overrides(raw, overrides)
+    return parse_recipe(raw, str(path))
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Args:
+        path: The file.
+        what: It is, for messages: "recipe", "study".
+
+    Raises:
+        RecipeError: the file is missing, not YAML, or not a mapping.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError("the recipe does not exist", where=str(path), fix="check the path") from None
+        raise RecipeError(f"the {what} does not exist", where=str(path), fix="check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError("the recipe is not valid YAML", where=str(path), got=str(error)) from None
+        raise RecipeError(f"the {what} is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(raw, dict):
-        raise RecipeError("the recipe is not a mapping", where=str(path), got=type(raw).__name__)
-    apply_overrides(raw, overrides)
-    return parse_recipe(raw, str(path))
+        raise RecipeError(f"the {what} is not a mapping", where=str(path), got=type(raw).__name__)
+    return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from corda import artifact
 from corda.comparing.methods import Method, method
 from corda.errors import RecipeError
-from corda.reading import apply_overrides, parse_recipe
+from corda.reading import apply_overrides, parse_recipe, read_mapping
 from corda.recipe import Recipe, number
 
 Rate = Annotated[float, Field(gt=0)]
@@ -108,10 +107,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         RecipeError: missing, not YAML, or wrong keys or values, all of them named.
     """
-    raw = _mapping(path)
+    raw = read_mapping(path, "study")
     apply_overrides(raw, overrides)
     if isinstance(raw.get("base"), str):
-        raw["base"] = _mapping(path.parent / raw["base"])
+        raw["base"] = read_mapping(path.parent / raw["base"], "recipe")
     return parse_study(raw, str(path))
 
 
@@ -221,18 +220,6 @@ def method_of(study: Study, cell: Cell) -> Method:
         cell: Which training.
     """
     return method(study.methods[cell.name].method)
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError("the file does not exist", where=str(path), fix="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError("the file is not valid YAML", where=str(path), got=str(error)) from None
-    if not isinstance(raw, dict):
-        raise RecipeError("the file is not a mapping", where=str(path), got=type(raw).__name__)
-    return raw
 
 
 def _merged(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
