@@ -55,7 +55,7 @@ def main(
         rf"adapter.target_modules='model\.layers\.({blocks})\..*'",
         f"training.max_steps={steps}",
         "training.per_device_train_batch_size=2",
-        "training.learning_rate=0.0004",
+        "training.learning_rate=0.002",
         "evaluation.tasks.nq_open.shots=0",
         f"context.samples={samples}",
         "evaluation.tasks.gsm8k.metrics=[answer_loss]",
