@@ -35,7 +35,35 @@ def test_a_training_sharded_by_accelerate_is_that_of_one_process(raw_recipe, tmp
         assert value == pytest.approx(alone["scores"]["after"][name]["value"], rel=1e-3)
 
 
-def sharded_run(raw: dict[str, Any]) -> dict[str, Any]:
+def test_a_sharded_training_that_was_cut_off_goes_on(raw_recipe, tmp_path):
+    raw_recipe["training"] |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2}
+    whole = raw_recipe | {"output_dir": str(tmp_path / "whole")}
+    undisturbed, _ = in_processes(sharded_run, whole, seconds=1200)
+    cut, _ = in_processes(cut_off_run, raw_recipe, seconds=1200)
+    assert cut == {"stopped": 3}
+    assert list((tmp_path / "run").rglob("checkpoint-2")), "nothing to go on from"
+    continued, second = in_processes(sharded_run, raw_recipe, seconds=1200)
+    assert continued == second
+    assert continued["steps_seen"] == 2
+    assert continued["loss"] == pytest.approx(undisturbed["loss"], rel=1e-5)
+    for name, value in continued["after"].items():
+        assert value == pytest.approx(undisturbed["after"][name], rel=1e-5)
+
+
+class CutOffError(Exception):
+    """Where a run is cut off."""
+
+
+def cut_off_run(raw: dict[str, Any]) -> dict[str, Any]:
+    """A run that dies after three steps."""
+    try:
+        sharded_run(raw, stop=3)
+    except CutOffError:
+        return {"stopped": 3}
+    return {}
+
+
+def sharded_run(raw: dict[str, Any], stop: int | None = None) -> dict[str, Any]:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from transformers import TrainerCallback
@@ -58,6 +86,8 @@ def sharded_run(raw: dict[str, Any]) -> dict[str, Any]:
             from torch.distributed.tensor import DTensor
 
             seen.append(sum(isinstance(p, DTensor) for p in kwargs["model"].parameters()))
+            if state.global_step == stop:
+                raise CutOffError
 
     import trl
 
@@ -67,6 +97,7 @@ def sharded_run(raw: dict[str, Any]) -> dict[str, Any]:
     return {
         "loss": results["train"]["loss"],
         "sharded": min(seen),
+        "steps_seen": len(seen),
         "export": results["export"]["max_relative_logit_difference"],
         "after": {name: score["value"] for name, score in results["scores"]["after"].items()},
     }
