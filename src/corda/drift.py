@@ -28,6 +28,7 @@ _IN_MEMORY = 2 << 30  # bytes of covariances that stay in memory between reading
 _READINGS = 20
 _SHORTENINGS = 20
 _EASE = 0.8  # the penalty sets in at this share of the limit
+READINGS = ("total", "rms", "held_out")
 _LOGGED = {"drift": "total", "drift_rms": "rms", "drift_held_out": "held_out"}
 
 
@@ -99,6 +100,22 @@ def drift_notes(reading: Reading, options: TrainingOptions, stopped: int | None)
             f"or lower the learning rate"
         ]
     return []
+
+
+def drift_of_weights(
+    change: Callable[[LayerSpec], Tensor], knowledge: Yardstick, held_out: Yardstick | None = None
+) -> Reading:
+    """The reading for weights that were changed in any way: ‖ΔW C^½‖_F / ‖W C^½‖_F, whoever trained them.
+
+    Args:
+        change: Gives ΔW (d_out, d_in) of a layer.
+        knowledge: What was calibrated on.
+        held_out: What was not, or None.
+    """
+    with torch.no_grad(), full_precision():
+        sides = [_summed(_energies(change, one), one.norms) for one in (knowledge, held_out) if one is not None]
+    layers, total, rms = sides[0]
+    return Reading(layers, total, rms, sides[1][1], sides[1][0]) if len(sides) > 1 else Reading(layers, total, rms)
 
 
 class DriftMeter:
@@ -216,11 +233,7 @@ class _Side:
 
     def summary(self) -> tuple[dict[str, float], float, float]:
         """Drift of each layer, the total, and the root mean square over layers."""
-        found = {name: float(value) for name, value in self.energies()}
-        norms = {name: max(self.norms[name], 1e-300) for name in found}
-        layers = {name: (value / norms[name]) ** 0.5 for name, value in found.items()}
-        total = (sum(found.values()) / sum(norms.values())) ** 0.5
-        return layers, total, (sum(d**2 for d in layers.values()) / len(layers)) ** 0.5
+        return _summed({name: float(value) for name, value in self.energies()}, self.norms)
 
     def total(self) -> Tensor:
         """The total drift, a scalar with a gradient."""
@@ -234,6 +247,25 @@ class _Side:
         if group not in self._kept:
             self._kept[group] = self.context.covariance(name, None).to(device)
         return self._kept[group]
+
+
+def _energies(change: Callable[[LayerSpec], Tensor], yard: Yardstick) -> dict[str, float]:
+    """Layer name -> ‖ΔW C^½‖²_F."""
+    found = {}
+    for members in yard.context.members().values():
+        C = yard.context.covariance(members[0].name, None)
+        for spec in members:
+            moved = change(spec).float()
+            found[spec.name] = max(float(((moved @ C.to(moved.device)) * moved).double().sum()), 0.0)
+    return found
+
+
+def _summed(energies: Mapping[str, float], of: Mapping[str, float]) -> tuple[dict[str, float], float, float]:
+    """Drift of each layer, the total, and the root mean square over layers, from ‖ΔW C^½‖² and ‖W C^½‖²."""
+    norms = {name: max(of[name], 1e-300) for name in energies}
+    layers = {name: (value / norms[name]) ** 0.5 for name, value in energies.items()}
+    total = (sum(energies.values()) / sum(norms.values())) ** 0.5
+    return layers, total, (sum(d**2 for d in layers.values()) / len(layers)) ** 0.5
 
 
 def _change(module: Any) -> tuple[Tensor, Tensor]:

@@ -210,7 +210,7 @@ class Stages:
             return found
         r = self.recipe
         self.inputs.check_export({layer.name: layer.rank for layer in self.plan().layers})
-        yardsticks = self._yardsticks()
+        yardsticks = self.yardsticks()
         model, step0 = self.bases.attached(self.plan())
         meter = DriftMeter(model, *yardsticks) if yardsticks else None
         encoded = [self.inputs.kind.encode(record) for record in self.inputs.learn_records]
@@ -308,7 +308,7 @@ class Stages:
         self.processes.first_only(write)
         return artifact.read_json(self.folder / RESULTS)
 
-    def _yardsticks(self) -> list[Yardstick]:
+    def yardsticks(self) -> list[Yardstick]:
         """What drift is measured on: the calibrated knowledge, and some of it that is not; nothing without a meter."""
         context = self.context()
         if context is None or not self.recipe.metered:

@@ -102,6 +102,36 @@ def test_a_run_that_diverges_is_listed(tmp_path):
     json.loads((study.output_dir / "comparison.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_the_drift_of_every_run_is_read_and_compared_with_what_was_forgotten(tmp_path):
+    raw = smoke_study(tmp_path, ["lora", "kpm"]).model_dump(mode="json")
+    raw["base"]["training"] |= {"max_steps": 2, "drift_meter": True}
+    raw |= {"learning_rates": [0.001, 0.03], "extensions": 0, "also_against": ["kpm"]}
+    found = compare(parse_study(raw))
+    drifts = {(run["method"], run["learning_rate"]): run["drift"] for run in found["runs"]}
+    for drift in drifts.values():
+        assert all(drift[reading] > 0 for reading in ("total", "rms", "held_out"))
+    assert drifts["lora", 0.03]["total"] > drifts["lora", 0.001]["total"]
+    entry = found["conclusions"]["drift"]["facts/answer_loss"]["total"]
+    assert entry["n"] == 4
+    assert -1 <= entry["all"] <= 1
+    assert entry["within"] == {}
+    assert set(found["conclusions"]["also"]["kpm"]["texts/perplexity"]) == {"lora"}
+    page = (parse_study(raw).output_dir / "comparison.html").read_text()
+    assert "Drift and forgetting" in page
+    assert "forgets more than CorDA-KPM by" in page
+
+
+@pytest.mark.parametrize("name", ["pissa", "dora", "lora_null", "full"])
+def test_an_adapter_that_peft_made_has_not_drifted_at_its_start(tmp_path, name):
+    raw = smoke_study(tmp_path, ["lora", name]).model_dump(mode="json")
+    raw["base"]["training"] |= {"max_steps": 1, "drift_meter": True}
+    study = parse_study(raw)
+    still, moved = (run_cell(study, Cell(name, rate, 0), device="cpu")["drift"] for rate in (1e-9, 1e-2))
+    assert still["total"] < 1e-5
+    assert moved["total"] > 1e-3
+    assert moved["held_out"] > 1e-3
+
+
 def test_what_cannot_be_had_is_listed_with_its_reason(tmp_path, monkeypatch):
     from corda.comparing import peft_made
 

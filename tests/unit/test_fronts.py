@@ -73,6 +73,29 @@ def test_limits_of_one_seed_come_from_the_records_paired():
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * expected)
 
 
+def test_a_ratio_has_limits_of_its_own():
+    """Seeds that forget more or less with both methods alike say little of the difference and much of the ratio."""
+    levels = (1.0, 2.0, 4.0)
+    one = {s: line(0.0, [1.0, 2.0], 0.3 * level) for s, level in enumerate(levels)}
+    two = {s: line(0.0, [1.0, 2.0], level) for s, level in enumerate(levels)}
+    found = compared(one, two)
+    assert found["ratio"] == pytest.approx(0.3)
+    assert found["ratio_low"] == pytest.approx(0.3)
+    assert found["ratio_high"] == pytest.approx(0.3)
+    assert found["high"] > 0
+    # One seed alone: what is left is the spread over records of first - ratio x second, over the second.
+    pulls = [tuple(x * 0.01 for x in some) for some in ((3.0, -1.0, -2.0), (5.0, 5.0, -10.0))]
+    found = compared({0: line(0.0, [1.0, 2.0], 0.5, pulls[0])}, {0: line(0.0, [1.0, 2.0], 2.0, pulls[1])})
+    spread = math.sqrt(sum((a - 0.25 * b) ** 2 for a, b in zip(*pulls, strict=True)) * 3 / 2)
+    assert found["ratio_high"] == pytest.approx(0.25 + 1.96 * spread / 2.0)
+
+
+def test_there_is_no_ratio_to_a_method_that_forgets_nothing():
+    found = compared({0: line(0.0, [1.0, 2.0], 0.5)}, {0: line(0.0, [1.0, 2.0], -0.1)})
+    assert found["ratio"] is None
+    assert found["difference"] == pytest.approx(0.6)
+
+
 def test_mean_over_a_range_of_a_bent_front():
     curve = [Point(1.0, 1.0, 1e-3), Point(2.0, 0.0, 1e-4), Point(4.0, -0.5, 1e-5)]
     assert mean_over(curve, (1.0, 2.0)).rise == pytest.approx(0.5)

@@ -125,6 +125,7 @@ UNFAIR = {
     ),
     "own rank": ({"methods__kpm": {"settings": {"adapter.rank": 8}}}, "all methods have to share", "adapter.rank"),
     "no reference": ({"reference": "pissa"}, "not among the methods", "pissa"),
+    "compared with nothing": ({"also_against": ["pissa"]}, "not among the methods", "pissa"),
     "timed against nothing": ({"methods__kpm": {"against": "qlora"}}, "not among the methods", "qlora"),
     "not measured": ({"keep": ["facts/accuracy"]}, "does not measure", "facts/accuracy"),
     "wrong side": ({"learn": "facts/answer_loss"}, "other side of the bargain", "measures keep"),

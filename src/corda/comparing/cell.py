@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corda import adapter, artifact, pipeline, training
@@ -22,12 +22,15 @@ from corda.comparing.fronts import LOWER_IS_BETTER
 from corda.comparing.methods import Method
 from corda.comparing.null_space import null_plan
 from corda.comparing.study import Cell, Study, method_of, recipe_of
+from corda.drift import READINGS, Yardstick, drift_of_weights
 from corda.errors import AdapterError, CordaError
 from corda.evaluation.evaluate import Scores
 from corda.evaluation.scores import change
 from corda.inputs import Inputs
 from corda.pipeline import Stages
 from corda.progress import Progress, silent
+from corda.sharding import stored_weight
+from corda.targets import LayerSpec, weight_of
 
 _SHELF = ("context", "plan", "before")
 _DIVERGED = 1.5  # a task loss this many times the base's is a divergence
@@ -132,13 +135,18 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
         }
         if stages.recipe.metered:
             drift = artifact.read_json(trained.path("drift.json"))
-            facts["drift"] = {key: drift[key] for key in ("total", "rms", "held_out")}
+            facts["drift"] = {key: drift[key] for key in READINGS}
         sound = all(math.isfinite(loss) for loss in curve["loss"])
         after = _or_none(stages.after) if sound else None
     else:
+        yards = stages.yardsticks() if _readable(stages.inputs) else []
+        base = stages.bases.bare()
+        started = {spec.name: weight_of(base, spec).clone() for spec in stages.inputs.targets} if yards else {}
         model, facts, curve = _trained_elsewhere(stages, method)
         with stages.meter.stage("after"):
             after = _or_none(lambda: stages.inputs.kind.evaluate(model.eval(), stages.inputs.tasks, stages.progress))
+        if yards:
+            facts["drift"] = _drift(model, started, yards)
     scores = {"before": _flat(before), "after": _flat(after) if after else {}}
     moved = {k: change(s, after.values[k]).as_json() for k, s in before.values.items()} if after else {}
     ok = after is not None and _sound(before, after, study.learn)
@@ -186,6 +194,28 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
         )
     facts = {"trainable_parameters": count, "step0": step0, "warnings": []}
     return model, facts, vars(curve)
+
+
+def _readable(inputs: Inputs) -> bool:
+    """Whether the change of every layer can be read off its weights, before and after."""
+    plain = all(spec.stored[1] is None for spec in inputs.targets)
+    return inputs.recipe.metered and inputs.quantisation is None and plain
+
+
+def _drift(model: nn.Module, started: Mapping[str, Tensor], yards: Sequence[Yardstick]) -> dict[str, float | None]:
+    """The meter's reading of a model that something else trained; its adapter is merged."""
+    base: Any = model
+    if isinstance(model, PeftModel):
+        model.merge_adapter()
+        base = model.base_model.model
+
+    def change(spec: LayerSpec) -> Tensor:
+        module = base.get_submodule(spec.name)
+        merged = getattr(module, "base_layer", module)
+        return weight_of(base, spec, stored_weight(merged)) - started[spec.name].to(merged.weight.device)
+
+    reading = drift_of_weights(change, *yards)
+    return {key: getattr(reading, key) for key in READINGS}
 
 
 def _built(base: PreTrainedModel, inputs: Inputs, method: Method) -> PeftModel:

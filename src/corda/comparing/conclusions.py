@@ -8,6 +8,7 @@ from typing import Any
 
 from corda.comparing.choosing import Choice, choose, steps_to_reach
 from corda.comparing.fronts import Point, compared, front, points, retained
+from corda.comparing.metered import foretold
 from corda.comparing.study import Study
 
 Runs = Sequence[Mapping[str, Any]]
@@ -24,7 +25,9 @@ def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
         best: method -> chosen rate, whether it is inside the grid, scores and retained % there;
         fronts: keep metric -> method -> points of the front over all seeds;
         differences: keep metric -> method -> against the reference, see `fronts.compared`;
-        steps: method -> steps to reach the final training loss of `against`, seed by seed.
+        also: further method of the study -> the same against it;
+        steps: method -> steps to reach the final training loss of `against`, seed by seed, and their mean share;
+        drift: keep metric -> how well the drift meter orders the runs by what they forgot, see `metered.foretold`.
     """
     by_method: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run in runs:
@@ -39,8 +42,13 @@ def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
             }
             for keep in study.keep
         },
-        "differences": {keep: _differences(study, by_method, keep) for keep in study.keep},
+        "differences": {keep: _differences(study, by_method, keep, study.reference) for keep in study.keep},
+        "also": {
+            other: {keep: _differences(study, by_method, keep, other) for keep in study.keep}
+            for other in study.also_against
+        },
         "steps": _steps(study, by_method, chosen),
+        "drift": {keep: foretold(runs, keep) for keep in study.keep},
         "diverged": [_name(run) for run in runs if run["status"] == "diverged"],
         "unavailable": {_name(run): run["reason"] for run in runs if run["status"] == "unavailable"},
     }
@@ -74,12 +82,12 @@ def _best(study: Study, runs: Runs, choice: Choice | None) -> dict[str, Any]:
     }
 
 
-def _differences(study: Study, by_method: Mapping[str, Runs], keep: str) -> dict[str, Any]:
-    reference = _by_seed(by_method.get(study.reference, ()), study.learn, keep)
+def _differences(study: Study, by_method: Mapping[str, Runs], keep: str, against: str) -> dict[str, Any]:
+    reference = _by_seed(by_method.get(against, ()), study.learn, keep)
     return {
         name: compared(_by_seed(own, study.learn, keep), reference)
         for name, own in by_method.items()
-        if name != study.reference
+        if name != against
     }
 
 
@@ -98,7 +106,9 @@ def _steps(study: Study, by_method: Mapping[str, Runs], chosen: Mapping[str, Cho
         own = _at_best(by_method[name], chosen[name])
         seeds = {str(seed): steps_to_reach(run, references[seed]) for seed, run in own.items() if seed in references}
         if seeds:
-            found[name] = {"against": against, "seeds": seeds}
+            shares = [one["share"] for one in seeds.values()]
+            mean = None if None in shares else sum(shares) / len(shares)
+            found[name] = {"against": against, "seeds": seeds, "share": mean}
     return found
 
 

@@ -40,7 +40,7 @@ def check(study: Study) -> dict[str, Any]:
         refuse_narrow(name, study.rates(name))
         keys = [*study.methods[name].settings, *study.methods[name].grid]
         refuse_unshared(name, keys)
-    for wanted in (study.reference, *(entry.against for entry in study.methods.values())):
+    for wanted in (study.reference, *study.also_against, *(entry.against for entry in study.methods.values())):
         if wanted is not None and wanted not in study.methods:
             raise RecipeError(
                 "the reference is not among the methods", where="reference", got=wanted, fix="add it to methods"

@@ -136,46 +136,63 @@ def compared(one: Mapping[int, Sequence[Point]], two: Mapping[int, Sequence[Poin
         two: Seed -> those of the second.
 
     Returns:
-        difference (first minus second; negative: the first forgets less), low, high, ratio of the rises, seeds and
-        the range of task losses; or only `why` there is nothing to compare.
+        difference (first minus second; negative: the first forgets less), low, high, ratio of the rises with its own
+        limits, seeds and the range of task losses; or only `why` there is nothing to compare.
     """
-    differences, pulls, rises, spans = [], [], [], []
+    pulls, rises, spans = [], [], []
     for seed in sorted(set(one) & set(two)):
         a, b = front(one[seed]), front(two[seed])
         span = overlap(a, b)
         if span is None:
             continue
         first, second = mean_over(a, span), mean_over(b, span)
-        differences.append(first.rise - second.rise)
         rises.append((first.rise, second.rise))
         spans.append(span)
         if first.pulls and len(first.pulls) == len(second.pulls):
-            pulls.append([x - y for x, y in zip(first.pulls, second.pulls, strict=True)])
-    if not differences:
+            pulls.append(list(zip(first.pulls, second.pulls, strict=True)))
+    if not rises:
         return {"why": "the fronts do not overlap", "seeds": len(set(one) & set(two))}
-    seeds, mean = len(differences), sum(differences) / len(differences)
-    over_seeds = math.sqrt(sum((d - mean) ** 2 for d in differences) / (seeds - 1) / seeds) if seeds > 1 else None
-    over_records = None
-    if len(pulls) == seeds:
-        n = len(pulls[0])
-        joint = [sum(p[i] for p in pulls) / seeds for i in range(n)]
-        over_records = math.sqrt(sum(p * p for p in joint) * n / (n - 1)) if n > 1 else None
-    seed_part = 0.0 if over_seeds is None else quantile(seeds - 1) * over_seeds
-    half = math.hypot(seed_part, 1.96 * (over_records or 0.0))
-    second_mean = sum(b for _, b in rises) / seeds
-    return {
-        "difference": mean,
-        "low": mean - half,
-        "high": mean + half,
+    seeds = len(rises)
+    first_mean, second_mean = (sum(pair[side] for pair in rises) / seeds for side in (0, 1))
+    paired = pulls if len(pulls) == seeds else []
+    over_seeds, over_records, half = _limits(rises, paired, 1.0)
+    found = {
+        "difference": first_mean - second_mean,
+        "low": first_mean - second_mean - half,
+        "high": first_mean - second_mean + half,
         "stderr_seeds": over_seeds,
         "stderr_records": over_records,
         "seeds": seeds,
-        "rise": sum(a for a, _ in rises) / seeds,
+        "rise": first_mean,
         "reference_rise": second_mean,
-        "ratio": sum(a for a, _ in rises) / seeds / second_mean if second_mean > 0 else None,
+        "ratio": None,
         "from": min(low for low, _ in spans),
         "to": max(high for _, high in spans),
     }
+    if second_mean > 0:
+        ratio = first_mean / second_mean
+        half = _limits(rises, paired, ratio)[2] / second_mean
+        found |= {"ratio": ratio, "ratio_low": ratio - half, "ratio_high": ratio + half}
+    return found
+
+
+def _limits(
+    rises: Sequence[tuple[float, float]], pulls: Sequence[Sequence[tuple[float, float]]], factor: float
+) -> tuple[float | None, float | None, float]:
+    """Standard errors over seeds and records of the mean of first - factor x second, and half its 95 % range.
+
+    At the ratio of both means this is that of the ratio times the second mean (delta method).
+    """
+    seeds = len(rises)
+    values = [a - factor * b for a, b in rises]
+    mean = sum(values) / seeds
+    over_seeds = math.sqrt(sum((v - mean) ** 2 for v in values) / (seeds - 1) / seeds) if seeds > 1 else None
+    over_records = None
+    if pulls and (n := len(pulls[0])) > 1:
+        joint = [sum(pairs[i][0] - factor * pairs[i][1] for pairs in pulls) / seeds for i in range(n)]
+        over_records = math.sqrt(sum(p * p for p in joint) * n / (n - 1))
+    seed_part = 0.0 if over_seeds is None else quantile(seeds - 1) * over_seeds
+    return over_seeds, over_records, math.hypot(seed_part, 1.96 * (over_records or 0.0))
 
 
 def quantile(freedom: int) -> float:

@@ -57,6 +57,9 @@ class Study(_Strict):
     unseen: list[str] = Field(min_length=1, description="those tasks of keep whose set the calibration never saw")
     methods: dict[str, Entry] = Field(min_length=1, description="names, or name: {method, settings, learning_rates}")
     reference: str = Field("lora", description="the method whose final loss the others are timed against")
+    also_against: list[str] = Field(
+        default_factory=list, description="further methods that forgetting at equal task loss is compared with"
+    )
     learning_rates: list[Rate] = Field(min_length=2)
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     minutes: float | None = Field(None, gt=0, description="no cell is begun later than this; default: no limit")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from corda.report.front import convergence, costs, learning_forgetting
 from corda.report.html import cell, figure, row, section, table, write_document
+from corda.report.metered import metered_section
 
 
 def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
@@ -49,12 +50,16 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         f'<p class="quiet">{escape(facts)}</p>',
         section("Best rate of each method", _best(comparison)),
         section("Learning and forgetting", *fronts),
-        section("Forgetting at equal task loss", *[_differences(comparison, keep) for keep in study["keep"]]),
+        section(
+            "Forgetting at equal task loss",
+            *[_differences(comparison, keep, other) for other in _references(comparison) for keep in study["keep"]],
+        ),
         section(
             "Convergence",
             figure("convergence", convergence(comparison), "At each method's best rate; running mean, over seeds"),
             _steps(comparison),
         ),
+        metered_section(comparison),
         section("Time and memory", figure("costs", costs(comparison), "Mean over seeds"), _memory(comparison)),
         section("Every run", _runs(comparison)),
         section("What was asked", _asked(comparison)),
@@ -84,15 +89,23 @@ def _best(comparison: Mapping[str, Any]) -> str:
     return note + table(["method", "learning rate", "seeds", *metrics], rows)
 
 
-def _differences(comparison: Mapping[str, Any], keep: str) -> str:
-    reference = comparison["labels"][comparison["study"]["reference"]]
-    rows = []
-    for name, found in comparison["conclusions"]["differences"][keep].items():
+def _references(comparison: Mapping[str, Any]) -> list[str]:
+    """The methods that the others are compared with at equal task loss."""
+    return [comparison["study"]["reference"], *comparison["conclusions"].get("also", {})]
+
+
+def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
+    reference = comparison["labels"][against]
+    conclusions, rows = comparison["conclusions"], []
+    main = against == comparison["study"]["reference"]
+    for name, found in (conclusions["differences"] if main else conclusions["also"][against])[keep].items():
         label = comparison["labels"][name]
         if "why" in found:
             rows.append(row(label, [cell(escape(found["why"])), *[cell("")] * 4]))
             continue
         ratio = f"{found['ratio']:.2f}" if found["ratio"] is not None else "–"
+        if "ratio_low" in found:
+            ratio += f" ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
         rows.append(
             row(
                 label,

@@ -36,11 +36,11 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
     learn = comparison["study"]["learn"]
     for number, (name, label) in enumerate(comparison["labels"].items()):
         runs = [r for r in comparison["runs"] if r["method"] == name and keep in r["scores"].get("after", {})]
-        style = {"color": colour(number), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]}
+        style = {"color": colour(number), "size": 9, "symbol": symbol(number)}
         shared = {"legendgroup": name, "name": html.escape(label)}
         if runs:
             after = [run["scores"]["after"] for run in runs]
-            rises = [_rise(run, keep) for run in runs]
+            rises = [forgotten(run, keep) for run in runs]
             error = {"array": [run["change"][keep]["stderr"] for run in runs], "thickness": 1, "width": 2}
             hover = [
                 f"{html.escape(label)}<br>learning rate {run['learning_rate']:g}, seed {run['seed']}, "
@@ -73,9 +73,9 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
             )
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
     figure.update_layout(layout(460))
-    figure.update_xaxes(title=f"{_axis(learn)} after training")
+    figure.update_xaxes(title=f"{axis(learn)} after training")
     sense = "fall" if _more_is_better(keep) else "rise"
-    figure.update_yaxes(title=f"{sense} of {_axis(keep)} against base")
+    figure.update_yaxes(title=f"{sense} of {axis(keep)} against base")
     return figure
 
 
@@ -129,7 +129,18 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _rise(run: Mapping[str, Any], keep: str) -> float:
+def symbol(number: int) -> str:
+    """Of the n-th method."""
+    return _SYMBOLS[number % len(_SYMBOLS)]
+
+
+def forgotten(run: Mapping[str, Any], keep: str) -> float:
+    """How much worse than the base's a retained score is after a run.
+
+    Args:
+        run: Of comparison.json.
+        keep: "task/metric".
+    """
     value: float = run["scores"]["after"][keep]["value"] - run["scores"]["before"][keep]["value"]
     return -value if _more_is_better(keep) else value
 
@@ -138,6 +149,11 @@ def _more_is_better(metric: str) -> bool:
     return metric.rpartition("/")[2] not in {"answer_loss", "loss", "perplexity"}
 
 
-def _axis(metric: str) -> str:
+def axis(metric: str) -> str:
+    """What an axis is of, with its unit.
+
+    Args:
+        metric: "task/metric".
+    """
     task, _, kind = metric.rpartition("/")
     return f"{task}, {_LABELS.get(kind, kind)}"
