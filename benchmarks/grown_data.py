@@ -118,7 +118,7 @@ class World:
         return family.rows([subject for subject in family.facts if subject not in self.calibration])
 
 
-def world(seed: int = 0, people: int = 260, towns: int = 120, minerals: int = 120, measured: int = 80) -> World:
+def world(seed: int = 0, people: int = 200, towns: int = 80, minerals: int = 80, measured: int = 60) -> World:
     """A world of so many subjects.
 
     Args:

@@ -39,7 +39,7 @@ def test_a_world_is_the_same_for_a_seed_and_its_subjects_are_apart(grown):
     assert one == same
     assert one != other
     subjects = [subject for family in one.families.values() for subject in family.facts]
-    assert len(subjects) == len(set(subjects)) == 260 + 120 + 120
+    assert len(subjects) == len(set(subjects)) == 200 + 80 + 80
     for family in one.families.values():
         for values in family.facts.values():
             assert all(value in r.values for value, r in zip(values, family.relations, strict=True))
@@ -49,8 +49,8 @@ def test_what_is_measured_is_never_calibrated_on_nor_learnt(grown):
     data, model = grown
     files = model.files_of(data.world(0))
     asked = {name: {row["question"] for row in rows} for name, rows in files.items() if "question" in rows[0]}
-    assert len(asked["people/calibration"]) == 180 * 4
-    assert len(asked["people/heldout"]) == 80 * 4
+    assert len(asked["people/calibration"]) == 140 * 4
+    assert len(asked["people/heldout"]) == 60 * 4
     assert not asked["people/calibration"] & asked["people/heldout"]
     assert not asked["problems/train"] & asked["problems/test"]
     assert not asked["programs/train"] & asked["programs/test"]
