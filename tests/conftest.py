@@ -105,7 +105,8 @@ def note_family(family: str, facts: dict[str, str]) -> None:
     """With CORDA_RECORD_FAMILIES set, what was run is written down; a table of the docs is made of it."""
     if os.environ.get("CORDA_RECORD_FAMILIES"):
         known = json.loads(FAMILIES_RUN.read_text(encoding="utf-8")) if FAMILIES_RUN.is_file() else {}
-        text = json.dumps(dict(sorted((known | {family: facts}).items())), indent=1)
+        merged = known | {family: known.get(family, {}) | facts}
+        text = json.dumps(dict(sorted(merged.items())), indent=1)
         FAMILIES_RUN.write_text(text + "\n", encoding="utf-8")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corda import parameters
+from corda.architectures import heads
 from corda.distributed import world
 from corda.errors import AdapterError, TargetError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
@@ -118,7 +119,7 @@ def attach(
         A PeftModel in the mode (train/eval) of `model`, the trained adapter named "default".
 
     Raises:
-        AdapterError: a layer is missing or has another shape, or dropout with `residual`.
+        AdapterError: a layer is missing or has another shape, a head is in 4 bits, or dropout with `residual`.
     """
     refuse_partitioned(model)
     form = base or plan.options.form(any(is_4bit(module) for module in model.modules()))
@@ -320,6 +321,13 @@ def _exact(cls: type[PeftModel], frozen_a: bool) -> type[PeftModel]:
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already", got=type(model).__name__, expected="the base model")
+    for head in heads(model):
+        if any(is_4bit(module) for module in model.get_submodule(head).modules()):
+            raise AdapterError(
+                "the head is in 4 bits and cannot be trained",
+                where=head,
+                fix=f"load the model with BitsAndBytesConfig(llm_int8_skip_modules={heads(model)})",
+            )
     for layer in plan.layers:
         try:
             found = spec_of(model, layer.name)

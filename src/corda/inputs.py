@@ -226,6 +226,8 @@ class Inputs:
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
         if self.quantisation is not None:
             quantization.require()
+            names = [target.name for target in targets if target.stored[1] is None]
+            quantization.refuse_unpacked(models.skeleton(self.source, self.model), names)
             form = self.recipe.adapter.form(four_bit=True)
             if form == "intact" and self.recipe.export.format == "residual":
                 raise RecipeError(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from corda import linalg
 from corda.errors import ModelError
@@ -193,6 +194,28 @@ def requantise(module: Any, W: Tensor) -> None:
         )
         .to(old.device)
     )
+
+
+def refuse_unpacked(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that stay in full precision where a model is loaded in 4 bits: those of a class of their own.
+
+    Args:
+        model: With or without weights.
+        names: Full dotted names of the layers that are to be in 4 bits.
+
+    Raises:
+        ModelError: names such a layer and its class.
+    """
+    for name in names:
+        kind = type(model.get_submodule(name))
+        if issubclass(kind, nn.Linear | Conv1D) and kind not in {nn.Linear, Conv1D}:
+            raise ModelError(
+                "transformers packs no layers of this class into 4 bits",
+                where=f"model.load_in_4bit, {name}",
+                got=kind.__name__,
+                expected="nn.Linear or Conv1D",
+                fix="set model.load_in_4bit: false",
+            )
 
 
 def full_weight(module: Any) -> Tensor:

@@ -30,6 +30,7 @@ from corda.drift import DriftMeter, yardstick
 from corda.errors import AdapterError, CalibrationError, RecipeError, TargetError
 from corda.exporting.export import export
 from corda.inputs import Inputs
+from corda.models import keep_exact
 from corda.parameters import wrappers
 from corda.plan.make import make_plan
 from corda.reading import parse_recipe
@@ -183,8 +184,8 @@ def test_every_layout_from_collecting_to_a_reloaded_export(layout, tokenizer, te
     again = PeftModel.from_pretrained(fresh(), str(tmp_path / "out")).eval()
     reload = relative_difference(logits(again), logits(adapted))
     assert reload <= 1e-5
-    four_bit = "refused" if layout != "unstacked" else "not run"
-    facts |= {"4-bit": four_bit, "train": "loss falls", "export": "rank 2r", "reload": f"{max(reload, 1e-9):.0e}"}
+    facts |= {} if layout == "unstacked" else {"4-bit": "refused: stacked experts"}
+    facts |= {"train": "loss falls", "export": "rank 2r", "reload": f"{max(reload, 1e-9):.0e}"}
     note_family(f"{layout} (experts)", facts)
 
 
@@ -225,6 +226,35 @@ def test_all_experts_pooled_have_the_covariance_of_the_shared_input(tokenizer, t
     shared = context.covariance("model.layers.0.mlp.shared_expert.gate_proj")
     pooled = context.pooled("model.layers.0.mlp.experts.gate_up_proj")
     assert float((pooled - shared).norm()) < 1e-5 * float(shared.norm())
+
+
+def test_experts_that_are_layers_in_4_bits(tokenizer, texts, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make("unstacked")
+    plan = make_plan(model, context_of(model, tokenizer, texts), rank=3, mode="ipm")
+
+    def fresh():
+        held = make("unstacked")
+        for layer in plan.layers:
+            place, _, leaf = layer.name.rpartition(".")
+            inner = getattr(held.get_submodule(place), leaf)
+            packed = bitsandbytes.nn.Linear4bit(layer.d_in, layer.d_out, bias=False, quant_type="nf4")
+            packed.weight = bitsandbytes.nn.Params4bit(inner.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(held.get_submodule(place), leaf, packed.to("cpu"))
+        keep_exact(held)
+        return held.eval()
+
+    held = fresh()
+    before = logits(held)
+    assert relative_difference(before, logits(model)) > 1e-3
+    adapted = attach(held, plan, base="intact")
+    step0 = relative_difference(logits(adapted), before)
+    move(adapted)
+    done = export(adapted, tmp_path / "out", fresh_base=fresh, probe={"input_ids": IDS})
+    reload = relative_difference(logits(PeftModel.from_pretrained(fresh(), str(tmp_path / "out"))), logits(adapted))
+    assert max(step0, reload, done.max_relative_logit_difference) <= 1e-5
+    facts = {"4-bit": f"step 0 {step0:.0e}, reload {max(reload, 1e-9):.0e}".replace("0e+00", "exact")}
+    note_family("unstacked (experts)", facts)
 
 
 def without_expert(layout, expert=2):

@@ -17,6 +17,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    BitsAndBytesConfig,
     FalconConfig,
     FalconForCausalLM,
     GPT2Config,
@@ -39,12 +40,16 @@ from transformers import (
 )
 
 from corda.adapter import attach, relative_difference
+from corda.architectures import heads
 from corda.context.collect import collect_encoded
 from corda.data.batches import Encoded
-from corda.errors import AdapterError, TargetError
+from corda.errors import AdapterError, ModelError, TargetError
 from corda.exporting.check import probe_logits, spread_probe
 from corda.exporting.export import export
+from corda.heads import trained_heads
+from corda.models import keep_exact
 from corda.plan.make import make_plan
+from corda.quantization import is_4bit, refuse_unpacked
 from corda.targets import find_targets
 
 SMALL = {"vocab_size": 259, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -137,7 +142,7 @@ def test_family(family, tokenizer, texts, tmp_path):
     if family.startswith("T5"):
         rows = [Encoded(one.ids, tuple(i > 12 for i in range(len(one)))) for one in rows]
     whole = collect_encoded(model, rows, layers, pad_token_id=0, stream=False)
-    facts = {"collect": f"{len(whole.layers)} layers", "4-bit": "not run"}
+    facts = {"collect": f"{len(whole.layers)} layers"}
     context = collect_encoded(model, rows, layers, pad_token_id=0)
     if not any(warning.startswith("collected whole") for warning in context.warnings):
         for layer in layers:
@@ -206,6 +211,80 @@ def test_heads_leave_with_the_adapter(family, form, tokenizer, texts, tmp_path):
         return
     options = {"format": "lora", "rank": 3} if form == "compressed" else {"format": form}
     assert export(adapted, tmp_path / "out", **options).max_relative_logit_difference <= 1e-5
+
+
+def in_4_bits(kind, folder, skip):
+    """A model as bitsandbytes holds it, but for its heads, which are trained in full."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=skip or None,
+    )
+    model = kind.from_pretrained(folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"})
+    keep_exact(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_in_4_bits(family, tokenizer, texts, tmp_path):
+    """Covariances and factors of the model in full precision, on an intact base of 4 bits."""
+    pytest.importorskip("bitsandbytes")
+    model = make(family)
+    model.save_pretrained(tmp_path / "base")
+    layers, rows = find_targets(model), encoded_texts(texts[:16], tokenizer)
+    if family.startswith("Falcon"):
+        with pytest.raises(ModelError, match=r"packs no layers of this class.*query_key_value.*FalconLinear"):
+            refuse_unpacked(model, [layer.name for layer in layers])
+        note_family(family, {"4-bit": "refused: its layers are no nn.Linear"})
+        return
+    refuse_unpacked(model, [layer.name for layer in layers])
+    if family.startswith("T5"):
+        rows = [Encoded(one.ids, tuple(i > 12 for i in range(len(one)))) for one in rows]
+    plan = make_plan(model, collect_encoded(model, rows, layers, pad_token_id=0), rank=3, mode="ipm")
+    fresh = functools.partial(in_4_bits, type(model), tmp_path / "base", heads(model))
+    packed, probe = fresh(), spread_probe(model)
+    held = sum(is_4bit(packed.get_submodule(layer.name)) for layer in layers)
+    assert held >= len(layers) - 4  # T5 keeps its `wo` in full precision
+    before = probe_logits(packed, probe)
+    assert relative_difference(before, probe_logits(model, probe)) > 1e-3  # 4 bits cost something
+    adapted = attach(packed, plan, base="intact")
+    step0 = relative_difference(probe_logits(adapted, probe), before)
+    losses = descend(adapted, probe)
+    assert losses[1] < losses[0]
+    trained = probe_logits(adapted, probe)
+    assert relative_difference(trained, before) > 1e-4
+    done = export(adapted, tmp_path / "out", fresh_base=fresh)
+    again = PeftModel.from_pretrained(fresh(), str(tmp_path / "out")).eval()
+    reload = relative_difference(probe_logits(again, probe), trained)
+    assert max(step0, reload, done.max_relative_logit_difference) <= 1e-5
+    note_family(family, {"4-bit": f"step 0 {step0:.0e}, reload {max(reload, 1e-9):.0e}".replace("0e+00", "exact")})
+
+
+def test_heads_of_4bit_classifiers(tokenizer, texts, tmp_path):
+    """Refused where they are packed too; merged with what was trained of them; no residual form."""
+    pytest.importorskip("bitsandbytes")
+    model = make("RoBERTa, sequence classification")
+    model.save_pretrained(tmp_path / "base")
+    context = collect_encoded(model, encoded_texts(texts[:8], tokenizer), find_targets(model), pad_token_id=0)
+    plan = make_plan(model, context, rank=2, mode="ipm")
+    with pytest.raises(AdapterError, match=r"head is in 4 bits.*llm_int8_skip_modules=\['classifier'\]"):
+        attach(in_4_bits(type(model), tmp_path / "base", []), plan)
+    adapted = attach(in_4_bits(type(model), tmp_path / "base", ["classifier"]), plan)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    fresh = functools.partial(type(model).from_pretrained, tmp_path / "base", dtype=torch.float32)
+    export(adapted, tmp_path / "merged", fresh_base=fresh, format="merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    trained = trained_heads(adapted)
+    assert trained
+    for name, value in trained.items():
+        assert torch.equal(merged.get_parameter(name), value)
+        assert not torch.equal(model.get_parameter(name), value)
+    with pytest.raises(AdapterError, match="residual form of a 4-bit classifier"):
+        export(adapted, tmp_path / "residual", fresh_base=fresh, format="residual")
 
 
 class Reused(nn.Module):

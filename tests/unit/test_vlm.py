@@ -109,7 +109,7 @@ def test_streamed_is_whole_whatever_the_batch(case):
     assert streamed.groups == whole.groups
     for name in whole.packed:
         assert near(streamed.packed[name], whole.packed[name])
-    case.note({"collect": f"{len(layers)} layers", "stream": "= whole", "4-bit": "refused"})
+    case.note({"collect": f"{len(layers)} layers", "stream": "= whole", "4-bit": "refused: images"})
 
 
 def test_every_tower_can_be_collected(case):

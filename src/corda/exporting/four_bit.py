@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from corda import artifact
 from corda.adapter import relative_difference
+from corda.errors import AdapterError
 from corda.exporting.check import confirm, probe_logits, reloader
 from corda.exporting.forms import BESIDE, Exported, Work, agreed_tolerance, size_of, with_update
 from corda.exporting.kept import confirm_kept
 from corda.exporting.write import shift_weights, write_lora, write_model
+from corda.heads import set_heads
 from corda.models import keep_exact
 from corda.options import ExportOptions
 from corda.quantization import is_4bit
@@ -36,8 +38,15 @@ def residual(work: Work, folder: Path, temporary: Path, options: ExportOptions) 
         folder: Where it will lie.
         temporary: Where it is written to until it is checked.
         options: How.
+
+    Raises:
+        AdapterError: the model has a head that was trained.
     """
     live: Any = work.live.get_base_model()
+    if work.update.heads:
+        raise AdapterError(
+            "the residual form of a 4-bit classifier is not written", got="format residual", fix="export format lora"
+        )
     artifact.need_disk(folder, size_of(live))
     with bare(live):
         write_model(temporary, live, work.tokenizer, options.max_shard_size, original_names=False)
@@ -72,6 +81,7 @@ def merged(work: Work, folder: Path, temporary: Path, options: ExportOptions) ->
     fresh, note = work.fresh_base(), _IN_FULL
     if any(is_4bit(module) for module in fresh.modules()):
         fresh, note = fresh.dequantize(), _DEQUANTISED
+    set_heads(fresh, work.update.heads)
     tolerance, dtype, learned = agreed_tolerance(fresh, work, options), fresh.dtype, work.update.learned
     expected = with_update(fresh, learned, work.probe)
     kept = shift_weights(fresh, learned)
