@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from corda.comparing.compare import labels
 from corda.comparing.fairness import check, refuse_calibrated, refuse_narrow, refuse_tasks, refuse_unshared
 from corda.comparing.methods import METHODS
 from corda.comparing.null_space import null_factors
@@ -75,6 +76,11 @@ def test_a_cell_has_the_shared_recipe_and_its_own_settings(raw):
     assert recipe.export.format == "none"
     assert cell.id == "kpm-damp-0.01-lr0.03-seed0"
     assert len(cells(study)) == 9
+
+
+def test_a_method_under_another_name_is_told_apart_on_pages(raw):
+    raw["methods"]["kpm_strong"] = {"method": "kpm", "settings": {"adapter.damp": 0.1}}
+    assert labels(parse_study(raw)) == {"lora": "LoRA", "kpm": "CorDA-KPM", "kpm_strong": "CorDA-KPM (kpm_strong)"}
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -72,7 +72,7 @@ def write(study: Study, todo: Sequence[Cell], results: dict[Cell, dict[str, Any]
         "schema": artifact.SCHEMA,
         "study": study.model_dump(mode="json", exclude={"output_dir", "base", "overrides"}),
         "recipe": _without_places(fairness.shared_settings(study)),
-        "labels": {name: method(entry.method).label for name, entry in study.methods.items()},
+        "labels": labels(study),
         "layers": facts["layers"],
         "trainable_parameters": facts["trainable_parameters"],
         "runs": [_published(study, run) for run in runs],
@@ -85,6 +85,12 @@ def write(study: Study, todo: Sequence[Cell], results: dict[Cell, dict[str, Any]
     artifact.write_json(study.output_dir / COMPARISON, comparison)
     write_comparison(comparison, study.output_dir / PAGE)
     return comparison
+
+
+def labels(study: Study) -> dict[str, str]:
+    """What each method is called on pages: the method's label, with the study's own name where that is another one."""
+    own = {name: method(entry.method).label for name, entry in study.methods.items()}
+    return {n: own[n] if n == entry.method else f"{own[n]} ({n})" for n, entry in study.methods.items()}
 
 
 def gathered(study: Study) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _raw(folder: Path, methods: list[str], seeds: int) -> dict[str, Any]:
             "model": {"model_name_or_path": str(folder / "model"), "device": "cpu"},
             "data": {
                 "data_dir": str(folder),
-                "learn": {"dataset": "data/learn_train.jsonl", "part": [0, 64]},
+                "learn": {"dataset": "data/learn_train.jsonl", "part": [0, 200]},  # five rounds of 32
                 "keep": {"dataset": "data/keep_calibration.jsonl", "part": [0, 200]},
                 "max_length": 160,
             },
