@@ -11,6 +11,9 @@ from corda.comparing.choosing import choose, further, smoothed, steps_to_reach
 from corda.comparing.fronts import Point, at, compared, front, mean_over, overlap, points, quantile, retained
 
 
+PERPLEXITIES = (("before", 10.0), ("after", 20.0))
+
+
 def line(slope, learns, offset=0.0, pulls=()):
     return [Point(x, offset - slope * x, 1e-4 / (i + 1), pulls) for i, x in enumerate(learns)]
 
@@ -117,6 +120,14 @@ def test_accuracies_are_turned_so_that_forgetting_is_a_rise():
     assert point.rise == pytest.approx(0.1)
     assert point.pulls == (-0.1, 0.1)
     assert points([run | {"status": "diverged"}], "gsm/exact_match", "arc/accuracy") == []
+
+
+def test_the_rise_of_a_perplexity_is_that_of_the_loss():
+    scores = {side: {"gsm/answer_loss": {"value": 1.5}, "wiki/perplexity": {"value": v}} for side, v in PERPLEXITIES}
+    run = {"status": "done", "learning_rate": 1e-3, "influence": {"wiki/perplexity": [4.0, -4.0]}, "scores": scores}
+    [point] = points([run], "gsm/answer_loss", "wiki/perplexity")
+    assert point.rise == pytest.approx(math.log(2))
+    assert point.pulls == pytest.approx((0.2, -0.2))
 
 
 def test_retained_share_of_the_base():

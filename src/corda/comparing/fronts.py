@@ -57,6 +57,9 @@ def retained(metric: str, before: float, after: float) -> float:
 def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Point]:
     """The points of one method and seed; diverged runs have no score and so no point.
 
+    Of a perplexity the rise is that of its logarithm, the loss per token: a few runs that have lost the language would
+    otherwise decide every mean.
+
     Args:
         runs: Results of one method and seed.
         learn: "task/metric" on x.
@@ -67,8 +70,11 @@ def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Poi
         before, after = run["scores"].get("before", {}), run["scores"].get("after", {})
         if run["status"] != "done" or learn not in after or keep not in after:
             continue
-        rise = sign(keep) * (after[keep]["value"] - before[keep]["value"])
-        pulls = tuple(sign(keep) * p for p in run.get("influence", {}).get(keep, ()))
+        old, new = before[keep]["value"], after[keep]["value"]
+        logarithmic = keep.endswith("/perplexity")
+        rise = math.log(new / old) if logarithmic else sign(keep) * (new - old)
+        slope = 1 / new if logarithmic else sign(keep)
+        pulls = tuple(slope * p for p in run.get("influence", {}).get(keep, ()))
         found.append(Point(sign(learn) * after[learn]["value"], rise, run["learning_rate"], pulls))
     return found
 

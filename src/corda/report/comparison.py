@@ -119,7 +119,7 @@ def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
             )
         )
     head = [
-        keep,
+        f"{keep}, as loss" if keep.endswith("/perplexity") else keep,
         f"forgets more than {reference} by",
         "95 %",
         "ratio of the rises",
