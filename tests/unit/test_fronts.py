@@ -10,7 +10,6 @@ import pytest
 from corda.comparing.choosing import choose, further, smoothed, steps_to_reach
 from corda.comparing.fronts import Point, at, compared, front, mean_over, overlap, points, quantile, retained
 
-
 PERPLEXITIES = (("before", 10.0), ("after", 20.0))
 
 
