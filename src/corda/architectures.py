@@ -72,7 +72,7 @@ def task_of(config: Any, asked: Literal["auto"] | ModelTask = "auto") -> ModelTa
         raise ModelError(
             "the checkpoint is an encoder, and nothing says what it is to be trained for",
             where=f"model.model_name_or_path, {saved[0] if saved else kind}",
-            fix="set model.task: sequence-classification, for which it gets a fresh head",
+            fix="set model.task: sequence-classification or token-classification, for which it gets a fresh head",
         )
     return "causal-lm"
 

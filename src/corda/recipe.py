@@ -20,7 +20,17 @@ Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Correction = Literal["none", "fit", "frozen"]
 RecordFormat = Literal[
-    "auto", "qa", "alpaca", "prompt_completion", "messages", "sharegpt", "text", "choice", "code", "classification"
+    "auto",
+    "qa",
+    "alpaca",
+    "prompt_completion",
+    "messages",
+    "sharegpt",
+    "text",
+    "choice",
+    "code",
+    "classification",
+    "tagged",
 ]
 Tower = Literal["language", "vision", "projector"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1", "loss", "f1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import WORDS, byte_tokenizer, llama, write_jsonl
 from peft import PeftModel
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertModel,
     ModernBertConfig,
@@ -25,10 +27,10 @@ from transformers import (
 from corda import artifact, pipeline
 from corda.chatting import open_pair
 from corda.context import store
-from corda.errors import CordaError, DataError, ModelError, RecipeError
+from corda.errors import DataError, ModelError, RecipeError
 from corda.estimate.estimate import estimate
 from corda.inputs import Inputs
-from corda.kinds.classes import mean_loss
+from corda.kinds.labels import mean_loss
 from corda.reading import parse_recipe
 from corda.training import train
 
@@ -328,7 +330,7 @@ def set_in(raw, key, value):
         ("model.load_in_4bit", True, RecipeError, r"model\.load_in_4bit.*full precision"),
         ("model.task", "auto", ModelError, r"the checkpoint is an encoder.*set model\.task"),
         ("model.task", "causal-lm", ModelError, r"type bert cannot be loaded.*sequence-classification"),
-        ("model.task", "token-classification", ModelError, r"do not train.*would need records of words"),
+        ("model.task", "token-classification", DataError, r"fit no format.*tagged \(ner_tags, tokens\)"),
         ("model.num_labels", 2, DataError, r"more classes than the head.*3: bad, dull, good"),
         ("model.id2label", {0: "bad", 1: "good"}, DataError, r"none of the classes.*dull"),
         ("training.packing", True, RecipeError, r"the trainer refuses these options.*packing"),
@@ -354,15 +356,171 @@ def test_what_needs_text_is_refused(classify):
             what()
 
 
-def test_an_encoder_with_a_decoder_is_refused_with_what_it_needs(classify, tmp_path):
-    config = T5Config(vocab_size=259, d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4)
+@pytest.fixture
+def tag(classify, moods):
+    """Words of which numbers and the words behind "of" are spans; lengths differ."""
+    records = []
+    for i, w in enumerate(WORDS * 6):
+        words = ["The", w, "of", *["item"] * (1 + i % 2), str(i), "fits"]
+        records.append(
+            {"tokens": words, "ner_tags": ["O", "O", "O", "B-THING", *["I-THING"] * (i % 2), "B-NUMBER", "O"]}
+        )
+    write_jsonl(moods / "tags.jsonl", records[:48])
+    write_jsonl(moods / "tags_test.jsonl", records[48:])
+
+    def raw(body="bert", mode="ipm"):
+        raw = classify(body, "tags", mode, task="token-classification")
+        raw["training"] |= {"max_steps": 12}
+        return raw
+
+    return raw
+
+
+@pytest.mark.parametrize(("body", "mode"), [("bert", "ipm"), ("modernbert", "lora")])
+def test_tags_from_recipe_to_reloaded_export(tag, bodies, body, mode):
+    recipe = parse_recipe(tag(body, mode))
+    results = pipeline.run(recipe)
+    assert results["step0"]["max_relative_logit_difference"] <= 1e-5
+    assert results["export"]["max_relative_logit_difference"] <= 1e-5
+    before, after = results["scores"]["before"], results["scores"]["after"]
+    assert after["moods/loss"]["value"] < before["moods/loss"]["value"]
+    assert after["moods/f1"]["n"] == 12
+    base = AutoModelForTokenClassification.from_pretrained(bodies / body, num_labels=4)
+    loaded = PeftModel.from_pretrained(base, str(recipe.output_dir / "adapter")).eval()
+    inputs = Inputs(recipe)
+    batch = inputs.kind.batch([inputs.kind.encode(record) for record in inputs.tasks[0].records])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = loaded(**batch).logits
+    assert float(mean_loss(logits, labels)) == pytest.approx(after["moods/loss"]["value"], rel=1e-4)
+    counted = labels != -100
+    right = (logits.argmax(-1) == labels)[counted].double().mean()
+    assert float(right) == pytest.approx(after["moods/accuracy"]["value"])
+
+
+def test_a_tag_stands_at_the_first_token_of_its_word(tag):
+    inputs = Inputs(parse_recipe(tag()))
+    assert inputs.kind.classes == ("B-NUMBER", "B-THING", "I-THING", "O")
+    record = inputs.learn_records[11]
+    one = inputs.kind.encode(record)
+    marked = [(inputs.tokenizer.decode([t]), label) for t, label in zip(one.ids, one.labels, strict=True) if label >= 0]
+    pairs = zip(record.words, record.answers, strict=True)
+    assert marked == [(word[0], inputs.kind.classes.index(name)) for word, name in pairs]
+
+
+def test_tags_that_name_no_spans_have_no_f1(tag, moods):
+    write_jsonl(moods / "tags.jsonl", [{"tokens": ["a", w], "tags": [0, 1]} for w in WORDS])
+    write_jsonl(moods / "tags_test.jsonl", [{"tokens": ["b", w], "tags": [0, 1]} for w in WORDS])
+    with pytest.raises(DataError, match=r"f1 of tags counts spans.*LABEL_0, LABEL_1.*leave f1 out"):
+        Inputs(parse_recipe(tag())).check()
+
+
+@pytest.fixture
+def ask(data, tmp_path):
+    """A recipe of a random T5."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=259,
+        d_model=48,
+        d_kv=12,
+        d_ff=80,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        eos_token_id=2,
+    )
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    raw = classify(task="auto")
-    raw["model"]["model_name_or_path"] = str(tmp_path / "t5")
-    with pytest.raises(ModelError, match=r"do not train models for seq2seq-lm.*would need answers as the decoder"):
-        Inputs(parse_recipe(raw)).check()
-    raw["model"]["task"] = "sequence-classification"
-    with pytest.raises(CordaError):
+    byte_tokenizer().save_pretrained(tmp_path / "t5")
+
+    def raw(mode="ipm"):
+        return {
+            "output_dir": str(tmp_path / "run"),
+            "model": {"model_name_or_path": str(tmp_path / "t5"), "device": "cpu"},
+            "data": {"data_dir": str(data), "learn": "learn.jsonl"},
+            "context": {"samples": 12, "held_out": 0},
+            "adapter": {"mode": mode, "rank": 3},
+            "training": {"max_steps": 10, "learning_rate": 0.02, "per_device_train_batch_size": 8},
+            "evaluation": {
+                "batch_size": 4,
+                "tasks": {
+                    "sums": {
+                        "dataset": "learn_test.jsonl",
+                        "measures": "learn",
+                        "metrics": ["answer_loss", "exact_match"],
+                        "max_new_tokens": 8,
+                    }
+                },
+            },
+        }
+
+    return raw
+
+
+@pytest.mark.parametrize("mode", ["ipm", "lora"])
+def test_an_encoder_with_a_decoder_from_recipe_to_reloaded_export(ask, tmp_path, mode):
+    recipe = parse_recipe(ask(mode))
+    results = pipeline.run(recipe)
+    assert results["step0"]["max_relative_logit_difference"] <= 1e-5
+    assert results["export"]["max_relative_logit_difference"] <= 1e-5
+    before, after = (results["scores"][side]["sums/answer_loss"] for side in ("before", "after"))
+    assert after["value"] < before["value"]
+    assert after["n"] == results["scores"]["after"]["sums/exact_match"]["n"] == 10
+    base = T5ForConditionalGeneration.from_pretrained(tmp_path / "t5")
+    loaded = PeftModel.from_pretrained(base, str(recipe.output_dir / "adapter")).eval()
+    assert loaded.peft_config["default"].task_type == "SEQ_2_SEQ_LM"
+    kind, losses, tokens = Inputs(recipe).kind, 0.0, 0
+    for record in kind.tasks[0].records:
+        labels = torch.tensor([kind.tokenizer(record.response.strip())["input_ids"]])
+        asked = torch.tensor([kind.tokenizer(record.prompt)["input_ids"]])
+        with torch.no_grad():
+            losses += float(loaded(input_ids=asked, labels=labels).loss) * labels.numel()
+        tokens += labels.numel()
+    assert losses / tokens == pytest.approx(after["value"], rel=1e-4)
+    assert "AutoModelForSeq2SeqLM" in (recipe.output_dir / "adapter" / "README.md").read_text()
+
+
+class Parrot(torch.nn.Module):
+    """Says the number of every question's first digit, and an end mark."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        digits = [next(int(t) for t in row if chr(t - 3 + 33).isdigit()) for row in input_ids]
+        start, end = generation_config.decoder_start_token_id, generation_config.eos_token_id[0]
+        return torch.tensor([[start, digit, end, 0] for digit in digits])
+
+
+def test_a_right_answer_of_a_decoder_beside_an_encoder_is_found(ask):
+    kind = Inputs(parse_recipe(ask())).kind
+    [task] = kind.tasks
+    task = replace(task, options=task.options.model_copy(update={"metrics": ["exact_match"]}))
+    records = [replace(one, answers=(str(3 * (i % 2)),)) for i, one in enumerate(task.records)]  # "Add 30 and 33."
+    found = kind.evaluate(Parrot(), [replace(task, records=tuple(records))])
+    assert found.values["sums/exact_match"].value == 0.5
+    assert {one["generated"] for one in found.answers["sums"]} == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        ("adapter.mode", "kpm", RecipeError, r"not done for seq2seq-lm.*context\.held_out.*set it to 0"),
+        ("adapter.mode", "contrast", RecipeError, r"adapter\.mode.*one context is collected"),
+        ("context.pack_to", 64, RecipeError, r"context\.pack_to"),
+        ("context.positions", "response", RecipeError, r"context\.positions"),
+        ("model.load_in_4bit", True, RecipeError, r"model\.load_in_4bit"),
+        ("evaluation.tasks.sums.shots", 1, DataError, r"leave shots out"),
+        ("evaluation.tasks.sums.metrics", ["perplexity"], DataError, r"metrics: \[answer_loss, exact_match"),
+        ("model.task", "sequence-classification", DataError, r"fit no format"),
+    ],
+)
+def test_what_an_encoder_with_a_decoder_does_not_do_is_refused_by_name(ask, key, value, error, message):
+    raw = ask()
+    set_in(raw, key, value)
+    if key == "adapter.mode":
+        raw["data"]["keep"], raw["context"]["held_out"] = "keep.jsonl", 4
+    with pytest.raises(error, match=re.compile(message, re.S)):
         Inputs(parse_recipe(raw)).check()
 
 

@@ -14,7 +14,8 @@ from corda.data.formats import to_records
 from corda.data.labelled import class_name, class_number, found_classes
 from corda.errors import DataError
 from corda.evaluation.classification import class_logits, class_scores, f1
-from corda.kinds.classes import mean_loss
+from corda.evaluation.tagging import spans, tag_scores
+from corda.kinds.labels import mean_loss
 
 KNOWN = ("classification",)
 
@@ -99,6 +100,40 @@ def test_the_error_of_f1_is_that_of_drawing_records_again(classes):
     assert score.stderr == pytest.approx(math.sqrt(sum(p * p for p in score.influence) * 400 / 399))
 
 
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O B-X I-X O", {("X", 1, 3)}),
+        ("B-X B-X I-Y", {("X", 0, 1), ("X", 1, 2), ("Y", 2, 3)}),
+        ("I-X I-X", {("X", 0, 2)}),
+        ("O O", set()),
+    ],
+)
+def test_spans(tags, found):
+    assert spans(tags.split()) == found
+
+
+def test_scores_of_tags():
+    classes = ("O", "B-X", "I-X")
+    labels = [[1, 2, 0, 1], [0, 1]]
+    guesses = [[1, 2, 0, 0], [1, 1]]
+    logits = [5.0 * torch.nn.functional.one_hot(torch.tensor(one), 3).float() for one in guesses]
+    scores = tag_scores(logits, labels, classes)
+    assert scores["accuracy"].value == pytest.approx(4 / 6)
+    assert scores["f1"].value == pytest.approx(2 * 2 / (3 + 3))  # found X(0, 2), X(0, 1), X(1, 2); meant 3; 2 agree
+    assert scores["loss"].value == pytest.approx(
+        float(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor([1, 2, 0, 1, 0, 1]))), rel=1e-6
+    )
+    assert {score.n for score in scores.values()} == {2}
+
+
+def test_words_and_tags_of_a_record():
+    [record] = to_records([{"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}], known=("tagged",))
+    assert (record.words, record.answers, record.prompt) == (("a", "b"), ("O", "B-X"), "a b")
+    with pytest.raises(DataError, match="1 tags for 2 tokens"):
+        to_records([{"tokens": ["a", "b"], "tags": [1]}], known=("tagged",))
+
+
 def test_scores_of_logits():
     logits = torch.tensor([[4.0, 1.0, -3.0], [0.5, 0.25, 7.0], [2.0, 2.5, 0.0]])
     scores = class_scores(logits, [0, 2, 0])
@@ -119,7 +154,8 @@ def test_logits_come_in_the_order_of_the_records_whatever_the_batch():
     with torch.no_grad():
         expected = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in rows])
     for size in (1, 2, 5):
-        torch.testing.assert_close(class_logits(model, encoded, 0, size), expected, rtol=1e-4, atol=1e-5)
+        found = torch.stack(class_logits(model, encoded, 0, size))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_of_parts_adds_up_to_that_of_the_whole():

@@ -28,7 +28,8 @@ class Encoded:
         starts: Where each packed record begins; (0,) for a single record.
         kinds: More numbers per token that a model takes, length L each.
         visual: For a model of images and text, where the pixels come from.
-        labels: Of a text that belongs to a class, the class's number.
+        labels: Of a text that belongs to a class, the class's number; of tagged words a number per token, length L,
+            -100 where there is none.
     """
 
     ids: tuple[int, ...]

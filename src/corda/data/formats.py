@@ -26,8 +26,9 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
     "classification": ("label",),  # beside one of the sets of fields in `labelled`
+    "tagged": ("tokens",),  # beside one of the fields with tags
 }
-_ALSO = {"classification": ("text",)}
+_ALSO = {"classification": ("text",), "tagged": ("ner_tags",)}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 _ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
 
@@ -47,9 +48,11 @@ class Record:
     Attributes:
         prompt: Plain text up to the answer; empty for running text.
         response: The answer or the text itself; starts with the white space that separates it.
+        words: Of tagged words, each of them.
         second: Of a pair of texts that belongs to a class, the second one.
         turns: (role, content) pairs for the chat template; the last one is the assistant's.
-        answers: Accepted short answers, the first the canonical one; of a classified text the name of its class.
+        answers: Accepted short answers, the first the canonical one; of a classified text the name of its class, of
+            tagged words the name of the tag of each.
         is_text: Running text, all of which counts.
         choices: For multiple choice, the options; `label` is the right one's index.
         images: Paths, bytes or PIL images, in the order of their marks in prompt and turns.
@@ -67,6 +70,7 @@ class Record:
     images: tuple[Any, ...] = ()
     program: str = ""
     second: str = ""
+    words: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -304,6 +308,17 @@ def _classification(record: Mapping[str, Any]) -> Record:
     raise ValueError(f"no text beside the label: expected {labelled.described()}")
 
 
+def _tagged(record: Mapping[str, Any]) -> Record:
+    words = tuple(str(word) for word in record["tokens"])
+    given = next((record[name] for name in labelled.TAGS if record.get(name) is not None), None)
+    if given is None:
+        raise ValueError(f"no tags beside the tokens: expected {', '.join(labelled.TAGS)}")
+    tags = tuple(labelled.class_name(tag) for tag in given)
+    if len(tags) != len(words) or not words:
+        raise ValueError(f"{len(tags)} tags for {len(words)} tokens")
+    return Record(" ".join(words), "", words=words, answers=tags)
+
+
 def _code(record: Mapping[str, Any]) -> Record:
     prompt, test, name = (_text(record[key], key) for key in ("prompt", "test", "entry_point"))
     if not name.isidentifier():
@@ -323,4 +338,5 @@ _CONVERTERS = {
     "choice": _choice,
     "code": _code,
     "classification": _classification,
+    "tagged": _tagged,
 }

@@ -18,6 +18,9 @@ TEXTS = (
     ("text",),
 )
 
+# The field with a tag for each of `tokens`.
+TAGS = ("ner_tags", "tags", "labels", "pos_tags")
+
 
 def described() -> str:
     """The fields with texts in words."""
@@ -97,3 +100,26 @@ def tokenised(
         first, second or None, truncation=max_length is not None, max_length=max_length, return_token_type_ids=kinds
     )
     return tuple(made["input_ids"]), {"token_type_ids": tuple(made["token_type_ids"])} if kinds else {}
+
+
+def words_tokenised(
+    words: Sequence[str], tokenizer: Any, max_length: int | None
+) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Token ids of words with the tokenizer's special tokens, and the number of the word that each token is of.
+
+    Args:
+        words: Of one record.
+        tokenizer: The model's; one of the fast ones.
+        max_length: In tokens; the rest is cut.
+
+    Raises:
+        DataError: the tokenizer does not say which word a token is of.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the tokenizer does not say which word a token is of",
+            where=type(tokenizer).__name__,
+            expected="a fast tokenizer, with a tokenizer.json",
+        )
+    made = tokenizer(list(words), is_split_into_words=True, truncation=max_length is not None, max_length=max_length)
+    return tuple(made["input_ids"]), tuple(made.word_ids())

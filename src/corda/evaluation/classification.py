@@ -19,11 +19,11 @@ METRICS = ("loss", "accuracy", "f1")
 @torch.no_grad()
 def class_logits(
     model: nn.Module, encoded: Sequence[Encoded], pad_token_id: int, batch_size: int, progress: Progress = silent
-) -> Tensor:
-    """Logits of every text, (n, classes) fp32 on the CPU, in order given.
+) -> list[Tensor]:
+    """Logits of every text, n tensors (classes,) or for each of its L tokens (L, classes), fp32 on the CPU, as given.
 
     Args:
-        model: A sequence classifier of transformers, in eval mode.
+        model: A classifier of sequences or tokens of transformers, in eval mode.
         encoded: n texts as tokens.
         pad_token_id: Of pads, which never count.
         batch_size: Rows per forward pass; does not change the result.
@@ -31,15 +31,15 @@ def class_logits(
     """
     device = device_of(model)
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))  # the order of `batches`
-    found: list[Tensor] = []
+    found: list[Tensor] = [torch.empty(0)] * len(encoded)
+    done = 0
     for cpu_batch in progress(batches(encoded, pad_token_id, batch_size), "classify", -(-len(encoded) // batch_size)):
         batch = cpu_batch.to(device)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **(batch.more or {})).logits
-        found.append(logits.float().cpu())
-    logits = torch.cat(found)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return logits[back]
+        for i, own in zip(order[done:], logits.float().cpu(), strict=False):
+            found[i] = own if own.dim() == 1 else own[: len(encoded[i])]
+        done += len(logits)
+    return found
 
 
 def class_scores(logits: Tensor, labels: Sequence[int]) -> dict[str, Score]:

@@ -15,7 +15,7 @@ from corda.options import ExportOptions, ModelTask
 _PLACE = "path/to/this/folder"
 _RELATION = {"lora": "adapter", "merged": "finetune"}  # a residual base is neither
 _METRICS = {"answer_loss": "loss", "pass_at_1": "pass@1"}  # the Hub's names where they are others
-_UNITS = {"answer_loss": "loss, nats per token", "loss": "loss, nats per record", "perplexity": "perplexity"}
+_UNITS = {"answer_loss": "loss, nats per token", "loss": "loss, nats per label", "perplexity": "perplexity"}
 # As the Hub files models, by what they are for.
 _PIPELINES: dict[ModelTask, str] = {
     "causal-lm": "text-generation",
@@ -32,7 +32,7 @@ class CardScore:
 
     Attributes:
         task: The recipe's name of the task.
-        metric: answer_loss (nats per token), loss (per record), exact_match, accuracy or f1 (shares), or perplexity.
+        metric: answer_loss (nats per token), loss (per label), exact_match, accuracy or f1 (shares), or perplexity.
         dataset: Hub id, or name of a file.
         side: "learn" or "keep".
         before: Of the base: (mean, standard error).

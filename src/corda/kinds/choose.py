@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from corda import models
 from corda.architectures import task_of
-from corda.errors import ModelError
 from corda.kinds.classes import Classes
 from corda.kinds.kind import Kind
+from corda.kinds.seq2seq import Seq2Seq
+from corda.kinds.tags import Tags
 from corda.kinds.text import Text
 from corda.options import ModelTask
 from corda.recipe import Recipe
@@ -15,10 +16,8 @@ _KINDS: dict[ModelTask, type[Kind]] = {
     "causal-lm": Text,
     "image-text-to-text": Text,
     "sequence-classification": Classes,
-}
-_NEEDED = {
-    "token-classification": "records of words with a tag each, and an F1 over spans",
-    "seq2seq-lm": "answers as the decoder's labels in training and evaluation",
+    "token-classification": Tags,
+    "seq2seq-lm": Seq2Seq,
 }
 
 
@@ -30,15 +29,7 @@ def kind_of(recipe: Recipe, source: models.Source) -> Kind:
         source: Where the base model's files are.
 
     Raises:
-        ModelError: the config cannot be read, or is one that recipes do not train.
+        ModelError: the config cannot be read, or does not say what the model is for.
     """
     task = task_of(models.config_of(source, recipe.model), recipe.model.task)
-    if task not in _KINDS:
-        raise ModelError(
-            f"recipes do not train models for {task}",
-            where=f"model.model_name_or_path, {recipe.model.model_name_or_path}",
-            expected=", ".join(_KINDS),
-            fix="use collect, make_plan, attach and export on a model that you loaded, and a trainer of your own: "
-            f"docs/encoders.md; a recipe would need {_NEEDED[task]}",
-        )
     return _KINDS[task](recipe, source, task)

@@ -1,9 +1,4 @@
-"""Texts, or pairs of texts, that belong to classes: a head is trained in full beside the adapter, by transformers.
-
-The loss of a step is the cross-entropy summed over its records, over their number, however they are gathered from
-batches: some of transformers' classifiers average over each batch whatever the trainer tells them, and a gradient that
-is accumulated over k batches is then k times too large.
-"""
+"""Texts, or pairs of texts, that belong to classes: a head is trained in full beside the adapter, by transformers."""
 
 from __future__ import annotations
 
@@ -15,9 +10,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from corda import models, training
+from corda import models
 from corda.architectures import has_head
 from corda.data import labelled
 from corda.data.batches import Encoded, pad_id, padded
@@ -28,9 +23,9 @@ from corda.evaluation.evaluate import Scores, Task
 from corda.evaluation.generation import Answer
 from corda.evaluation.scores import Score
 from corda.kinds.kind import Kind, refused
+from corda.kinds.labels import label_arguments, label_trainer
 from corda.options import ModelOptions
 from corda.progress import Progress, silent
-from corda.sharding import device_of
 
 
 class Classes(Kind):
@@ -78,7 +73,7 @@ class Classes(Kind):
         if stored:
             return stored
         assert self.recipe.data.learn is not None
-        found = labelled.found_classes(record.answers[0] for record in self.learn_records)
+        found = labelled.found_classes(name for record in self.learn_records for name in record.answers)
         if len(found) < 2 or (asked is not None and len(found) > asked):
             raise DataError(
                 "the data has too few classes" if len(found) < 2 else "the data has more classes than the head",
@@ -96,12 +91,15 @@ class Classes(Kind):
             record: From `records`.
             limit: At most so many tokens, and at most data.max_length, and what the model takes.
         """
-        longest = min(x for x in (self.recipe.data.max_length, self._positions, limit) if x is not None)
         kinds = getattr(self._config, "type_vocab_size", None) or 0
         first = record.prompt + record.response
-        ids, more = labelled.tokenised(first, record.second, self.tokenizer, longest, kinds=kinds > 1)
+        ids, more = labelled.tokenised(first, record.second, self.tokenizer, self.longest(limit), kinds=kinds > 1)
         labels = (labelled.class_number(record.answers[0], self.classes, "label"),) if _classified(record) else ()
         return Encoded(ids, (False,) * len(ids), kinds=more, labels=labels)
+
+    def longest(self, limit: int | None = None) -> int:
+        """Tokens that a text may have."""
+        return min(x for x in (self.recipe.data.max_length, self._positions, limit) if x is not None)
 
     def forward(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Padded (B, L) ids and what belongs to them."""
@@ -120,19 +118,7 @@ class Classes(Kind):
             learnt: Records that have something to learn from.
             folder: For checkpoints.
         """
-        smoothing = float((self.recipe.training.model_extra or {}).get("label_smoothing_factor", 0.0))
-
-        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-            return mean_loss(outputs["logits"], labels, num_items_in_batch, smoothing)
-
-        return Trainer(
-            model=model,
-            args=self._arguments(folder, device_of(model)),
-            train_dataset=list(learnt),
-            data_collator=self.batch,
-            processing_class=self.tokenizer,
-            compute_loss_func=loss,
-        )
+        return label_trainer(self, model, learnt, folder)
 
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.
@@ -172,9 +158,8 @@ class Classes(Kind):
             ),
             self.task,
         )
-        self._arguments(r.output_dir / "checkpoints", device)
-        for record in self.learn_records:
-            labelled.class_number(record.answers[0], self.classes, "data.learn")
+        label_arguments(self, r.output_dir / "checkpoints", device)
+        self._check_labels(self.learn_records, "data.learn")
 
     def check_task(self, task: Task) -> None:
         """Refuse metrics that do not fit a task's records.
@@ -193,8 +178,7 @@ class Classes(Kind):
             )
         if task.shots:
             raise DataError("a classifier is shown no solved examples", where=where, fix="leave shots out")
-        for record in task.records:
-            labelled.class_number(record.answers[0], self.classes, where)
+        self._check_labels(task.records, where)
 
     def evaluate(self, model: nn.Module, tasks: Sequence[Task], progress: Progress = silent) -> Scores:
         """Measure tasks on a model in eval mode.
@@ -207,7 +191,8 @@ class Classes(Kind):
         options, values, shown = self.recipe.evaluation, dict[str, Score](), {}
         for task in tasks:
             encoded = [self.encode(record) for record in task.records]
-            logits = class_logits(model, encoded, pad_id(self.tokenizer), options.batch_size, progress)
+            found = class_logits(model, encoded, pad_id(self.tokenizer), options.batch_size, progress)
+            logits = torch.stack(found)
             scores = class_scores(logits, [one.labels[0] for one in encoded])
             values |= {f"{task.name}/{metric}": scores[metric] for metric in task.options.metrics}
             guesses = logits.argmax(-1)[: options.samples_shown].tolist()
@@ -221,6 +206,10 @@ class Classes(Kind):
                 for record, one, guess in zip(task.records, encoded, guesses, strict=False)
             ]
         return Scores(values, shown)
+
+    def _check_labels(self, records: Sequence[Record], where: str) -> None:
+        for name in dict.fromkeys(name for record in records for name in record.answers):
+            labelled.class_number(name, self.classes, where)
 
     @property
     def _seed(self) -> int:
@@ -242,24 +231,6 @@ class Classes(Kind):
             if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
         ]
         return min([*places, int(self.tokenizer.model_max_length)])
-
-    def _arguments(self, folder: Path, device: torch.device) -> TrainingArguments:
-        own = {"remove_unused_columns": False, "label_names": ["labels"]}
-        return training.arguments_of(TrainingArguments, self.recipe.training, folder, self.recipe.seed, device, **own)
-
-
-def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy in nats summed over what has a label, over `count`.
-
-    Args:
-        logits: (..., classes).
-        labels: (...) numbers of classes; -100 is left out.
-        count: Labels of the whole optimiser step; default: those given.
-        smoothing: Share of the target that goes to all classes alike.
-    """
-    flat, targets = logits.flatten(0, -2).float(), labels.flatten()
-    total = nn.functional.cross_entropy(flat, targets, reduction="sum", label_smoothing=smoothing)
-    return total / ((targets != -100).sum() if count is None else count)
 
 
 def _classified(record: Record) -> bool:

@@ -17,7 +17,7 @@ COLOURS = (
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", "pentagon")
 _LABELS = {
     "answer_loss": "loss, nats per token",
-    "loss": "loss, nats per record",
+    "loss": "loss, nats per label",
     "perplexity": "perplexity",
     "exact_match": "exact match",
     "f1": "F1",

@@ -33,7 +33,7 @@ METRICS = {
     "exact_match": Metric("exact match, %", "exact match in %", 1, 100, 1),
     "accuracy": Metric("accuracy, %", "accuracy in %", 1, 100, 1),
     "f1": Metric("F1, %", "F1 in %", 1, 100, 1),
-    "loss": Metric("loss, nats per record", "loss", -1),
+    "loss": Metric("loss, nats per label", "loss", -1),
     "pass_at_1": Metric("programs right, %", "programs right in %", 1, 100, 1),
 }
 

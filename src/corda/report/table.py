@@ -14,7 +14,7 @@ _LABELS = {
     "perplexity": "perplexity",
     "accuracy": "accuracy %",
     "f1": "F1 %",
-    "loss": "loss (nats/record)",
+    "loss": "loss (nats/label)",
     "pass_at_1": "programs right %",
 }
 _SHORT = {
