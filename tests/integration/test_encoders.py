@@ -479,6 +479,14 @@ def test_an_encoder_with_a_decoder_from_recipe_to_reloaded_export(ask, tmp_path,
     assert "AutoModelForSeq2SeqLM" in (recipe.output_dir / "adapter" / "README.md").read_text()
 
 
+def test_an_encoder_with_a_decoder_keeps_knowledge_of_texts(ask):
+    raw = ask("kpm")
+    raw["data"]["keep"] = "keep.jsonl"
+    results = pipeline.run(parse_recipe(raw))
+    assert results["step0"]["max_relative_logit_difference"] <= 1e-5
+    assert results["drift"]["total"] > 0
+
+
 class Parrot(torch.nn.Module):
     """Says the number of every question's first digit, and an end mark."""
 
