@@ -57,12 +57,22 @@ class Passes:
     seed: int = 0
 
     def metric(self, layer: str, round_: int | None) -> Metric:
-        """(C + λI)^a of a layer's candidate."""
+        """(C + λI)^a of a layer's candidate.
+
+        Args:
+            layer: Its name.
+            round_: Number of the candidate; None for all as one.
+        """
         C = covariance(self.context, layer, round_, self.options.expert_prior).to(self.device)
         return Metric(C, self.options.exponent, damping(C, self.options.damp))
 
     def survey(self, group: str, members: Sequence[LayerSpec]) -> list[tuple[LayerPlan, Tensor]]:
-        """Spectra, π and scores without vectors; the candidate of lowest score stays, one in memory besides it."""
+        """Spectra, π and scores without vectors; the candidate of lowest score stays, one in memory besides it.
+
+        Args:
+            group: The input that the layers share.
+            members: Those layers.
+        """
         key = f"survey {group}"
         facts = self.journal.facts(key) if self.journal else None
         if self.journal is not None and facts is not None:
@@ -97,7 +107,12 @@ class Passes:
         return found
 
     def with_round_by_hand(self, spec: LayerSpec, layer: LayerPlan) -> LayerPlan:
-        """The layer with the round set by hand, if one is, and that round's π where the layers were surveyed."""
+        """The layer with the round set by hand, if one is, and that round's π where the layers were surveyed.
+
+        Args:
+            spec: The layer in the model.
+            layer: The layer as planned so far.
+        """
         chosen = round_by_hand(self.options, layer.name, layer.chosen)
         if chosen == layer.chosen:
             return layer
@@ -109,7 +124,12 @@ class Passes:
         return replace(layer, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
 
     def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
-        """Vectors for the chosen candidates and ranks; layers with one candidate share its metric."""
+        """Vectors for the chosen candidates and ranks; layers with one candidate share its metric.
+
+        Args:
+            group: The input that the layers share.
+            members: Each layer in the model and as planned so far.
+        """
         facts = self.journal.facts(group) if self.journal else None
         if self.journal is not None and facts is not None:
             tensors = load_file(self.journal.path(group))
@@ -130,7 +150,12 @@ class Passes:
         return self._noted(group, parts)
 
     def thetas(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> dict[str, Tensor]:
-        """Layer name -> every θ, best first, of the chosen candidate."""
+        """Layer name -> every θ, best first, of the chosen candidate.
+
+        Args:
+            group: The input that the layers share.
+            members: Each layer in the model and as planned so far.
+        """
         key = f"theta {group}"
         if self.journal is not None and self.journal.facts(key) is not None:
             return dict(load_file(self.journal.path(key)))
