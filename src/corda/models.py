@@ -26,6 +26,9 @@ from corda import architectures, artifact, disk
 from corda.errors import ModelError
 from corda.options import ModelOptions
 
+# Model types whose tokens hold the space before a word: words that are given one by one need it too.
+_SPACED = {"bloom", "deberta", "gpt2", "longformer", "modernbert", "roberta"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -173,13 +176,16 @@ def load_tokenizer(source: Source, options: ModelOptions) -> Any:
     Raises:
         ModelError: it cannot be found or read.
     """
-    images = architectures.task_of(config_of(source, options), options.task) == "image-text-to-text"
+    config = config_of(source, options)
+    task = architectures.task_of(config, options.task)
+    spaced = task == "token-classification" and config.model_type in _SPACED
     with _reading(source):
-        if images:
+        if task == "image-text-to-text":
             processor = _processor(source, options)
             tokenizer: PreTrainedTokenizerBase = processor.tokenizer
         else:
-            processor = tokenizer = AutoTokenizer.from_pretrained(source.path, **_common(source, options))
+            more = _common(source, options) | ({"add_prefix_space": True} if spaced else {})
+            processor = tokenizer = AutoTokenizer.from_pretrained(source.path, **more)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import WORDS, byte_tokenizer, llama, write_jsonl
 from peft import PeftModel
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -20,6 +21,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
+    RobertaTokenizer,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -27,10 +29,13 @@ from transformers import (
 from corda import artifact, pipeline
 from corda.chatting import open_pair
 from corda.context import store
+from corda.data.labelled import words_tokenised
 from corda.errors import DataError, ModelError, RecipeError
 from corda.estimate.estimate import estimate
 from corda.inputs import Inputs
 from corda.kinds.labels import mean_loss
+from corda.models import Source, load_tokenizer
+from corda.options import ModelOptions
 from corda.reading import parse_recipe
 from corda.training import train
 
@@ -406,6 +411,17 @@ def test_a_tag_stands_at_the_first_token_of_its_word(tag):
     marked = [(inputs.tokenizer.decode([t]), label) for t, label in zip(one.ids, one.labels, strict=True) if label >= 0]
     pairs = zip(record.words, record.answers, strict=True)
     assert marked == [(word[0], inputs.kind.classes.index(name)) for word, name in pairs]
+
+
+def test_words_of_a_model_with_spaces_in_its_tokens_have_them(tmp_path):
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    RobertaTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=[]).save_pretrained(tmp_path)
+    RobertaConfig(vocab_size=len(names)).save_pretrained(tmp_path)
+    options = ModelOptions(model_name_or_path=str(tmp_path), task="token-classification")
+    tokenizer = load_tokenizer(Source(str(tmp_path), None), options)
+    ids, words = words_tokenised(["ab", "c"], tokenizer, None)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " ab c"
+    assert words == (None, 0, 0, 0, 1, 1, None)
 
 
 def test_tags_that_name_no_spans_have_no_f1(tag, moods):
