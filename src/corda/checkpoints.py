@@ -39,7 +39,7 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         world().wait()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=self.limit, use_mtime=True)
+            _let_go(Path(args.output_dir), self.limit)
         world().wait()
 
 
@@ -57,15 +57,16 @@ def seal(checkpoint: Path) -> None:
         disk.sync(checkpoint.parent)
 
 
-def last(folder: Path, fingerprint: str) -> str | None:
+def last(folder: Path, fingerprint: str, limit: int | None = None) -> str | None:
     """The last whole checkpoint of this very training.
 
     Those of another training and those whose saving was interrupted are removed; so is one that was changed since,
-    which is logged.
+    which is logged, and those beyond the limit, which a killed process had no time to let go.
 
     Args:
         folder: With the checkpoints.
         fingerprint: Of all that the training depends on.
+        limit: How many are kept; None for all.
     """
     owner = folder / _OWNER
     known = artifact.read_json(owner) if owner.is_file() else None
@@ -85,8 +86,13 @@ def last(folder: Path, fingerprint: str) -> str | None:
                 checkpoint,
             )
             shutil.rmtree(checkpoint)
+    _let_go(folder, limit)
     found: str | None = get_last_checkpoint(str(folder))
     return found
+
+
+def _let_go(folder: Path, limit: int | None) -> None:
+    rotate_checkpoints(output_dir=str(folder), save_total_limit=limit)
 
 
 def finished(checkpoint: Path) -> list[dict[str, Any]] | None:

@@ -91,7 +91,9 @@ def train(
     if not learnt:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
     processes = world()
-    found = checkpoints.last(folder, fingerprint) if processes.first and options.resume_from_checkpoint else None
+    limit, found = (options.model_extra or {}).get("save_total_limit"), None
+    if processes.first and options.resume_from_checkpoint:
+        found = checkpoints.last(folder, fingerprint, limit)
     resume = processes.tell(found)
     if resume is not None and (finished := checkpoints.finished(Path(resume))) is not None:
         model.load_adapter(resume, TRAINED)
@@ -104,7 +106,7 @@ def train(
     watch = Watch(meter, options, functools.partial(Trainer.log, trainer)) if meter is not None else None
     if watch is not None:
         trainer.add_callback(watch)
-    trainer.add_callback(checkpoints.Sealing((options.model_extra or {}).get("save_total_limit")))
+    trainer.add_callback(checkpoints.Sealing(limit))
     trainer.remove_callback(PrinterCallback)  # prints every log line where there is no progress bar
     steps = _Steps(progress)
     trainer.add_callback(steps)

@@ -148,6 +148,17 @@ def test_only_whole_checkpoints_of_the_same_training_are_continued(tmp_path, cap
     assert not (folder / "checkpoint-2").exists()
 
 
+def test_checkpoints_that_a_killed_process_did_not_let_go_are_let_go(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoints.last(folder, "one")
+    for step in (8, 10, 12):  # by number, not by name
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        checkpoints.seal(folder / f"checkpoint-{step}")
+    assert checkpoints.last(folder, "one", limit=2) == str(folder / "checkpoint-12")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-10", "checkpoint-12"}
+
+
 def test_a_training_that_was_cut_off_behind_its_last_checkpoint_takes_no_further_step(raw_recipe, tmp_path):
     raw_recipe["training"] |= {"max_steps": 4, "save_steps": 2}
     straight = pipeline.run(parse_recipe(raw_recipe))
