@@ -180,6 +180,15 @@ def smallest_by_lq(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return sigma.flip(0)[:rank], left.flip(1)[:, :rank]
 
 
+def same_spectrum(W: Tensor) -> Tensor:
+    """What has the singular values of W in every metric, as small as can be: a tall W's triangle R, else W itself.
+
+    Args:
+        W: (d_out, d_in).
+    """
+    return reduce(W).R if W.shape[0] > W.shape[1] else W
+
+
 def spectrum(W: Tensor, metric: Metric) -> Tensor:
     """All singular values of W (C + λI)^a, (n,) fp64, ascending, without vectors. O(n² d + n³).
 

@@ -81,12 +81,12 @@ class Passes:
         candidates: list[int | None] = [0] if self.selection == "first" else [None]
         if self.selection == "dynamic":
             candidates = list(range(self.context.rounds))
-        weights = {spec.name: self.weight(spec) for spec in members}
+        weights = {spec.name: linalg.same_spectrum(self.weight(spec)) for spec in members}
         scores: dict[str, list[float]] = {spec.name: [] for spec in members}
         best: dict[str, tuple[LayerPlan, Tensor]] = {}
         for round_ in candidates:
             metric = self.metric(members[0].name, round_)
-            extremes = _extremes(metric)
+            extremes = self._extremes(metric)
             for spec in members:
                 spectrum = linalg.spectrum(weights[spec.name], metric)
                 pi = self._compactness(spec, metric, spectrum, extremes)
@@ -120,7 +120,7 @@ class Passes:
         if layer.log_pi is None:
             return layer
         metric = self.metric(spec.name, chosen)
-        pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric), _extremes(metric))
+        pi = self._compactness(spec, metric, linalg.spectrum(self.weight(spec), metric), self._extremes(metric))
         return replace(layer, log_pi=pi.log_pi, floor_decided=pi.floor_decided)
 
     def factorise(self, group: str, members: Sequence[tuple[LayerSpec, LayerPlan]]) -> list[Part]:
@@ -203,6 +203,12 @@ class Passes:
             self.journal.put(group, named, {"layers": [asdict(p.layer) for p in parts]})
         return parts
 
+    def _extremes(self, metric: Metric) -> Callable[[], tuple[float, float]]:
+        """Extreme eigenvalues of C, found when first asked for: layers with one input share them."""
+        C, damp = metric.C, self.options.compactness_damp
+        assert C is not None
+        return functools.cache(lambda: extreme_eigenvalues(C.double(), damping(C, damp)))
+
     def _compactness(
         self, spec: LayerSpec, metric: Metric, spectrum: Tensor, extremes: Callable[[], tuple[float, float]]
     ) -> Compactness:
@@ -225,13 +231,6 @@ class Passes:
                 fix="set adapter.compactness_scale: unit",
             )
         return pi
-
-
-def _extremes(metric: Metric) -> Callable[[], tuple[float, float]]:
-    """Extreme eigenvalues of C, found when first asked for: layers with one input share them."""
-    C = metric.C
-    assert C is not None
-    return functools.cache(lambda: extreme_eigenvalues(C.double()))
 
 
 def _factorise(spec: LayerSpec, layer: LayerPlan, W: Tensor, metric: Metric, options: AdapterOptions) -> Part:
