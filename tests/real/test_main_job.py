@@ -1,4 +1,4 @@
-"""The demo's whole path on the real model, shortened: SmolLM2 from its package, both methods, table and page."""
+"""The demo's whole path on the real model, shortened: SmolLM2 from its package, all methods, table and page."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def demo(tmp_path_factory):
     return demonstrate(folder, 0, SHORT), folder
 
 
-def test_both_methods_spend_the_same(demo):
-    (lora, kpm), _ = demo[0]
+def test_all_methods_spend_the_same(demo):
+    (lora, kpm, contrast), _ = demo[0]
     assert lora["plan"]["mode"] == "lora"
     assert kpm["plan"]["mode"] == "kpm"
     assert lora["plan"]["trainable_parameters"] == kpm["plan"]["trainable_parameters"] == 4_884_480
-    assert lora["train"]["steps"] == kpm["train"]["steps"] == 2
-    assert lora["scores"]["before"] == kpm["scores"]["before"]
+    assert contrast["plan"]["mode"] == "contrast"
+    assert 0.98 <= contrast["plan"]["trainable_parameters"] / 4_884_480 <= 1
+    assert lora["train"]["steps"] == kpm["train"]["steps"] == contrast["train"]["steps"] == 2
+    assert lora["scores"]["before"] == kpm["scores"]["before"] == contrast["scores"]["before"]
 
 
 def test_step_0_and_reload(demo):
@@ -66,7 +68,7 @@ def test_page_and_table(demo):
     shown = io.StringIO()
     Console(width=140, file=shown).print(scores_table(results))
     text = shown.getvalue()
-    for word in ("base", "LoRA", "CorDA-KPM", "word problems", "world facts", "to keep", "exact match %"):
+    for word in ("base", "LoRA", "CorDA-KPM", "contrast", "word problems", "world facts", "to keep", "exact match %"):
         assert word in text
 
 

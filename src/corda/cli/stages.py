@@ -167,6 +167,7 @@ def report(
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
+    methods: Annotated[str, typer.Option(help="Which methods, in this order")] = "lora,kpm,contrast",
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -174,7 +175,7 @@ def demo(
     from corda.demo.run import demonstrate
 
     quiet()
-    results, page = demonstrate(output_dir, seed, set_ or [], shown, announce=note)
+    results, page = demonstrate(output_dir, seed, set_ or [], methods.split(","), shown, announce=note)
     if as_json:
         print_value({"runs": results, "page": str(page)}, True)
         return
