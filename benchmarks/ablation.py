@@ -80,6 +80,9 @@ def main(
             }
         table[variant] = entry
         print(variant, {k: v for k, v in entry.items() if k != "trainable_parameters"}, flush=True)
+    for run in runs:  # where things lay is nobody's business
+        run["recipe"].pop("output_dir", None)
+        run["recipe"]["data"].pop("data_dir", None)
     budgets = [n for entry in table.values() for n in entry["trainable_parameters"]]
     where = artifact.provenance()
     artifact.write_json(

@@ -243,6 +243,7 @@ def main() -> None:
             options.output,
             {
                 "name": "small-vlm",
+                "device": artifact.provenance()["device"],
                 "model": "random SigLIP (2 layers, 96 wide) and projector before SmolLM2-135M-Instruct, LLaVA layout",
                 "note": "weights of SmolLM2 de-quantised from Q4_1; one seed",
                 "settings": {
