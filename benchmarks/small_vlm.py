@@ -119,15 +119,15 @@ def small_vlm(seed: int) -> tuple[LlavaForConditionalGeneration, Any]:
 
 
 def learn_to_see(
-    model: LlavaForConditionalGeneration, encoded: list[Encoded], pad: int, steps: int, batch: int
+    model: LlavaForConditionalGeneration, encoded: list[Encoded], pad: int, steps: int, batch: int, rate: float
 ) -> list[float]:
     """Train the encoder and the projector on skill A; the language model stays as it is."""
     model.requires_grad_(False)
     seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
     for parameter in seeing:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(seeing, lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(seeing, lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     order, curve, start = random.Random(0), [], time.process_time()
     for step in range(steps):
         part = padded(order.sample(encoded, batch), pad, response_only=True)
@@ -168,6 +168,7 @@ def measured(model: Any, processor: Any, skills: dict[str, list[Record]], pad: i
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps-a", type=int, default=200)
+    parser.add_argument("--rate-a", type=float, default=3e-4)
     parser.add_argument("--steps-b", type=int, default=40)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=96)
@@ -200,7 +201,7 @@ def main() -> None:
     else:
         from safetensors.torch import save_file
 
-        curve = learn_to_see(model, encoded_a, pad, options.steps_a, options.batch)
+        curve = learn_to_see(model, encoded_a, pad, options.steps_a, options.batch, options.rate_a)
         options.work.mkdir(parents=True, exist_ok=True)
         save_file({n: model.state_dict()[n].contiguous() for n in names}, weights)
         artifact.write_json(weights.with_suffix(".json"), {"loss": curve})
@@ -248,6 +249,7 @@ def main() -> None:
                 "note": "weights of SmolLM2 de-quantised from Q4_1; one seed",
                 "settings": {
                     "steps_a": len(curve),
+                    "rate_a": options.rate_a,
                     "steps_b": options.steps_b,
                     "batch": options.batch,
                     "rank": options.rank,
