@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -97,9 +98,16 @@ def test_ctrl_c_ends_with_one_line_and_the_command_goes_on_from_there(raw_recipe
     raw_recipe["training"] |= {"max_steps": 100_000, "save_steps": 2}
     raw_recipe["evaluation"] = {}
     path = write_recipe(raw_recipe)
-    process = subprocess.Popen(
-        [*CORDA, "train", str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    begin = functools.partial(
+        subprocess.Popen,
+        [*CORDA, "train", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )
+    process = begin()
     for _ in range(1200):
         if (
             list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
@@ -118,9 +126,7 @@ def test_ctrl_c_ends_with_one_line_and_the_command_goes_on_from_there(raw_recipe
     kept = {stage: (tmp_path / "run" / stage / "manifest.json").stat().st_mtime_ns for stage in ("context", "plan")}
     steps = max(int(p.name.split("-")[1]) for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
     raw_recipe["training"]["max_steps"] = 100_000
-    again = subprocess.Popen(
-        [*CORDA, "train", str(path)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    again = begin()
     for _ in range(1200):
         now = [int(p.name.split("-")[1]) for p in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")]
         if max(now, default=0) > steps or again.poll() is not None:

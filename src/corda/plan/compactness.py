@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Scale = Literal["token", "unit"]
-_EXACT = 1024
+_EXACT = 2048
 _STEPS = 60
 _BLOCK = 8
 _SETTLED = 1e-8
@@ -93,7 +93,7 @@ def from_spectrum(spectrum: Tensor, d_out: int) -> Compactness:
 def extreme_eigenvalues(C: Tensor, floor: float = 0.0) -> tuple[float, float]:
     """Smallest and largest eigenvalue of a symmetric positive semi-definite matrix (d, d) fp64.
 
-    Exact up to d = 1024, O(d³). Beyond: block iteration with C and with a Cholesky factor of it, O(d³/3), until a step
+    Exact up to d = 2048, O(d³). Beyond: block iteration with C and with a Cholesky factor of it, O(d³/3), until a step
     changes neither by 1e-8 of itself; where there is no factor, C is singular to rounding and the smallest is 0.
 
     Args:
