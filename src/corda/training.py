@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from corda import checkpoints
-from corda.data.batches import Encoded
+from corda.data.batches import IGNORED, Encoded
 from corda.data.images import training_rows
 from corda.distributed import world
 from corda.drift import DriftMeter, Watch
@@ -27,7 +27,6 @@ from corda.sharding import device_of
 
 _METER = {"drift_meter", "drift_steps", "max_drift", "drift_weight"}
 _OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init", *_METER}
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _dataset(learnt: Sequence[Encoded], arguments: Any) -> Any:
         [
             {
                 "input_ids": list(one.ids),
-                "labels": [t if r else _IGNORED for t, r in zip(one.ids, one.response, strict=True)],
+                "labels": [t if r else IGNORED for t, r in zip(one.ids, one.response, strict=True)],
             }
             for one in learnt
         ]

@@ -17,6 +17,8 @@ from corda.errors import DataError
 from corda.processing import takes_images, tokenizer_of
 from corda.recipe import DataSource
 
+IGNORED = -100  # the label that torch's and transformers' losses leave out
+
 
 @dataclass(frozen=True)
 class Encoded:

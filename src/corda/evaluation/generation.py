@@ -72,12 +72,21 @@ def exact_match(
     """
     prompts = [prompt(record, tokenizer, template, shots) for record in records]
     texts = generate(model, tokenizer, prompts, list(stop), max_new_tokens, batch_size, progress)
-    answers = []
-    for record, text in zip(records, texts, strict=True):
-        accepted = {normalise(_final(answer, answer_after)) for answer in record.answers}
-        right = normalise(_final(text, answer_after)) in accepted
-        answers.append(Answer(record.turns[0][1] if record.turns else record.prompt, record.answers, text, right))
+    answers = [judged(record, text, answer_after) for record, text in zip(records, texts, strict=True)]
     return mean([float(answer.right) for answer in answers]), answers
+
+
+def judged(record: Record, text: str, after: str | None) -> Answer:
+    """A generated text beside the accepted answers, and whether it is one of them once both are normalised.
+
+    Args:
+        record: With its accepted answers.
+        text: What the model said.
+        after: Only what follows the last occurrence of this is compared, in both; None for everything.
+    """
+    accepted = {normalise(_final(answer, after)) for answer in record.answers}
+    asked = record.turns[0][1] if record.turns else record.prompt
+    return Answer(asked, record.answers, text, normalise(_final(text, after)) in accepted)
 
 
 def prompt(record: Record, tokenizer: Any, template: Template, shots: Sequence[Record] = ()) -> Encoded:
@@ -147,7 +156,7 @@ def generate(
         )
         for r, i in enumerate(rows):
             said = tokenizer_of(tokenizer).decode(out[r, width:], skip_special_tokens=True)
-            texts[i] = _cut(said, stop, strip)
+            texts[i] = cut(said, stop, strip)
     return texts
 
 
@@ -175,7 +184,14 @@ def _final(text: str, after: str | None) -> str:
     return text.rpartition(after)[2] if after else text
 
 
-def _cut(text: str, stop: Sequence[str], strip: bool) -> str:
+def cut(text: str, stop: Sequence[str], strip: bool = True) -> str:
+    """The text up to the first of some strings.
+
+    Args:
+        text: What the model said.
+        stop: The strings; they are looked for after leading white space.
+        strip: Leave out leading white space.
+    """
     text = text.lstrip() if strip else text
     ends = [text.find(s) for s in stop if s in text]
     return text[: min(ends)] if ends else text

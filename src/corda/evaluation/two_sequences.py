@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from corda.data.batches import pad_id
+from corda.data.batches import IGNORED, pad_id
 from corda.evaluation.evaluate import Task
-from corda.evaluation.generation import Answer, end_tokens, normalise
+from corda.evaluation.generation import Answer, cut, end_tokens, judged
 from corda.evaluation.scores import Score, mean, ratio
 from corda.progress import Progress, silent
 from corda.sharding import device_of
 
 Batches = Sequence[tuple[Sequence[int], Mapping[str, Tensor]]]
-_IGNORED = -100
 
 
 @torch.no_grad()
@@ -36,9 +35,9 @@ def answer_loss(model: nn.Module, batches: Batches, tokenizer: Any, progress: Pr
         batch = {name: value.to(device) for name, value in cpu_batch.items()}
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
-        counted = (labels != _IGNORED) & (labels != (_IGNORED if end is None else end))
+        counted = (labels != IGNORED) & (labels != (IGNORED if end is None else end))
         losses = nn.functional.cross_entropy(
-            logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED
+            logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
         ).double()
         for r, i in enumerate(rows):
             sums[i], counts[i] = float(losses[r][counted[r]].sum()), float(counted[r].sum())
@@ -75,14 +74,7 @@ def exact_match(
             input_ids=ids, attention_mask=cpu_batch["attention_mask"].to(device), generation_config=config
         )
         for r, i in enumerate(rows):
-            said = tokenizer.decode(out[r], skip_special_tokens=True).lstrip()
-            ends = [said.find(stop) for stop in options.stop if stop in said]
-            texts[i] = said[: min(ends)] if ends else said
-    answers = []
-    after = options.answer_after
-    for record, text in zip(task.records, texts, strict=True):
-        final = [one.rpartition(after)[2] if after else one for one in (text, *record.answers)]
-        said, *accepted = (normalise(one) for one in final)
-        asked = record.turns[0][1] if record.turns else record.prompt
-        answers.append(Answer(asked, record.answers, text, said in accepted))
+            said = tokenizer.decode(out[r], skip_special_tokens=True)
+            texts[i] = cut(said, options.stop)
+    answers = [judged(record, text, options.answer_after) for record, text in zip(task.records, texts, strict=True)]
     return mean([float(answer.right) for answer in answers]), answers

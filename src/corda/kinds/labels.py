@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from corda import training
-from corda.data.batches import Encoded
+from corda.data.batches import IGNORED, Encoded
 from corda.kinds.kind import Kind
 from corda.sharding import device_of
-
-IGNORED = -100
 
 
 def label_trainer(kind: Kind, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:

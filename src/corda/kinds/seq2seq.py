@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from corda import models
-from corda.data.batches import Encoded, pad_id
+from corda.data.batches import IGNORED, Encoded, pad_id
 from corda.data.formats import Record
 from corda.errors import DataError
 from corda.evaluation.evaluate import Scores, Task, check_metrics
 from corda.evaluation.scores import Score
 from corda.evaluation.two_sequences import answer_loss, exact_match
 from corda.kinds.kind import Kind, refused
-from corda.kinds.labels import IGNORED, label_arguments, label_trainer
+from corda.kinds.labels import label_arguments, label_trainer
 from corda.progress import Progress, silent
 
 _METRICS = ("answer_loss", "exact_match")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corda.data import labelled
-from corda.data.batches import Encoded, pad_id
+from corda.data.batches import IGNORED, Encoded, pad_id
 from corda.data.formats import TEXTS, Record
 from corda.errors import DataError
 from corda.evaluation.classification import class_logits
@@ -18,7 +18,6 @@ from corda.evaluation.generation import Answer
 from corda.evaluation.scores import Score
 from corda.evaluation.tagging import named_as_spans, tag_scores
 from corda.kinds.classes import Classes
-from corda.kinds.labels import IGNORED
 from corda.progress import Progress, silent
 
 

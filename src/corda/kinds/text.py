@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from corda import models, training
-from corda.data.batches import Encoded, encode, pad_id, padded
+from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded
 from corda.data.formats import TEXTS, Record, render
 from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate
@@ -20,7 +20,6 @@ from corda.processing import takes_images
 from corda.progress import Progress, silent
 
 _LOOKED_AT = 100
-_IGNORED = -100
 
 
 class Text(Kind):
@@ -61,7 +60,7 @@ class Text(Kind):
     def batch(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Padded (B, L) ids; labels are the tokens of answers, (B, L)."""
         made = padded(rows, pad_id(self.tokenizer), response_only=True)
-        labels = made.input_ids.masked_fill(~made.counts, _IGNORED)
+        labels = made.input_ids.masked_fill(~made.counts, IGNORED)
         ids = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
         return ids | {"labels": labels, **(made.more or {})}
 
