@@ -415,3 +415,21 @@ def test_a_comparison_says_which_settings_differ(tmp_path: Path) -> None:
     assert "output_dir" not in part
     write_page(runs[:1], tmp_path / "page.html")
     assert "What differs" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_run_has_one_colour_in_every_figure() -> None:
+    from types import SimpleNamespace
+
+    from corda.report.drift import drift_curves
+    from corda.report.figures import training_curves
+
+    plain = {"train": {"step": [1, 2], "loss": [2.0, 1.0]}}
+    metered = {
+        "train": plain["train"] | {"drift_step": [1, 2], "drift": [0.0, 0.1], "drift_held_out": []},
+        "drift": {"limit": None},
+    }
+    runs: Any = [SimpleNamespace(label="LoRA", results=plain), SimpleNamespace(label="KPM", results=metered)]
+    trained = {trace.name: trace.line.color for trace in training_curves(runs).data}
+    (moved,) = drift_curves(runs).data
+    assert moved.name == "KPM"
+    assert moved.line.color == trained["KPM"] != trained["LoRA"]

@@ -167,7 +167,7 @@ def report(
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
-    methods: Annotated[str, typer.Option(help="Which methods, in this order")] = "lora,kpm,contrast",
+    methods: Annotated[str, typer.Option(help="Of lora, kpm and contrast; finished runs are reused")] = "lora,kpm",
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

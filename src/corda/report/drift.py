@@ -21,20 +21,22 @@ def drift_section(runs: Sequence[Run]) -> str:
     metered = [run for run in runs if run.results.get("drift")]
     if not metered:
         return ""
-    head = ["", "total", "mean square over layers", "held out", "limit", "layers that moved most"]
+    head = ["", "total", "root mean square over layers", "held out", "limit", "layers that moved most"]
     return section(
         "Drift on the knowledge",
         "<p>Root mean square change of the layers' outputs on the knowledge to keep, over that of the outputs "
         "themselves: ‖s (B A − B₀ A₀) C<sup>½</sup>‖ / ‖W C<sup>½</sup>‖.</p>",
-        figure("drift", drift_curves(metered), "Line: on what was calibrated on; dots: on held-out records of it"),
+        figure("drift", drift_curves(runs), "Line: on what was calibrated on; dots: on held-out records of it"),
         table(head, [_row(run) for run in metered]),
     )
 
 
 def drift_curves(runs: Sequence[Run]) -> go.Figure:
-    """Drift against steps."""
+    """Drift against steps of the runs that were metered, each in the colour that it has in the page's other figures."""
     drawn = go.Figure()
     for i, run in enumerate(runs):
+        if not run.results.get("drift"):
+            continue
         curve = run.results["train"]
         colour, name = COLOURS[i % len(COLOURS)], html.escape(run.label)
         steps = np.asarray(curve["drift_step"])

@@ -13,7 +13,7 @@ from corda.report.figures import layout
 from corda.report.front import axis, colour, forgotten, symbol
 from corda.report.html import cell, figure, row, section, table
 
-_READINGS = {"total": "total", "rms": "mean square over layers", "held_out": "total, held out"}
+_READINGS = {"total": "total", "rms": "root mean square over layers", "held_out": "total, held out"}
 _DRAWN = "total"
 
 
