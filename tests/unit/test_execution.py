@@ -94,7 +94,7 @@ def test_nothing_runs_unless_it_is_allowed(raw_recipe, data):
 
 
 def test_completions_keep_their_indentation(model, tokenizer):
-    from corda.evaluation.generation import _cut
+    from corda.evaluation.generation import cut
 
-    assert _cut("    return 1\n\ndef more():", execution.STOP, False) == "    return 1\n"
-    assert _cut("  4\nQuestion", ["\n"], True) == "4"
+    assert cut("    return 1\n\ndef more():", execution.STOP, False) == "    return 1\n"
+    assert cut("  4\nQuestion", ["\n"], True) == "4"
