@@ -13,7 +13,7 @@ RANKS = [
     {"errors", "__init__"},
     {"disk"},
     {"ranks", "options"},
-    {"recipe", "artifact", "metric", "progress", "metering", "distributed"},
+    {"recipe", "artifact", "metric", "progress", "metering", "distributed", "heap"},
     {"reading", "commenting"},
     {"krylov", "journal"},
     {"linalg", "compress", "tradeoff"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from corda.distributed import Processes, world
+from corda.heap import give_back
 from corda.plan.parallel import Form, each_shared
 from corda.plan.part import Part
 from corda.plan.plan import LayerPlan, layer_from_json
@@ -18,6 +19,9 @@ from corda.sharding import is_sharded, refuse_partitioned
 from corda.targets import LayerSpec, weight_of
 
 Result = TypeVar("Result")
+
+# From this d_in on, workspaces are many times what is kept of a layer, and giving back costs little beside it.
+_WIDE = 1024
 
 SURVEYED: Form[list[tuple[LayerPlan, Tensor]]] = Form(
     lambda found: ({layer.name: spectrum for layer, spectrum in found}, [asdict(layer) for layer, _ in found]),
@@ -83,12 +87,14 @@ class Shared:
         weights: Of the model.
         processes: Who shares; all there are where the model is sharded.
         side_by_side: Several layers at once in this process.
+        in_order: But for layers whose covariances come one after the other only.
         progress: Shows how far it is.
     """
 
     weights: Weights
     processes: Processes
     side_by_side: bool
+    in_order: bool
     progress: Progress
 
     def each(
@@ -110,13 +116,20 @@ class Shared:
         def bring(item: tuple[str, Sequence[Any]], own: bool) -> None:
             self.weights.bring(layers[item[0]], own)
 
+        def one(item: tuple[str, Sequence[Any]]) -> Result:
+            done = work(*item)
+            if self.weights.device.type == "cpu" and layers[item[0]][0].d_in >= _WIDE:
+                give_back()
+            return done
+
         found = each_shared(
-            lambda item: work(*item),
+            one,
             items,
             costs=[cost(members) for members in layers.values()],
             form=form,
             processes=world() if self.weights.sharded else self.processes,
             side_by_side=self.side_by_side,
+            in_order=self.in_order,
             progress=self.progress,
             what=what,
             bring=bring if self.weights.sharded else None,
