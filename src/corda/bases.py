@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda import adapter, models
+from corda.context.again import Recollected, march
+from corda.context.capture import Captured
+from corda.context.store import Context
+from corda.data.batches import pad_id
 from corda.errors import CheckError
 from corda.exporting.check import allowed, probe_logits
 from corda.inputs import Inputs
@@ -52,6 +57,30 @@ class Bases:
             return self.bare(), None
         shell = self.shell()
         return shell, LazyWeights(self.inputs.source, shell, self.dtype())
+
+    def collecting_again(self, context: Context) -> Context:
+        """The context with covariances that the base as it is before training gives block by block; see `Recollected`.
+
+        Args:
+            context: One whose covariances were not kept.
+        """
+        options = self.recipe.context
+
+        def start() -> Iterator[Captured]:
+            chosen, _ = self.inputs.calibration()
+            model, weights = self.for_context()
+            return march(
+                model,
+                chosen,
+                self.inputs.targets,
+                pad_token_id=pad_id(self.inputs.tokenizer),
+                batch_size=options.batch_size,
+                response_only=options.positions == "response",
+                weights=weights,
+                device=models.pick_device(self.recipe.model.device),
+            )
+
+        return replace(context, packed=Recollected(context.tokens, start, context.rounds + len(context.sides)))
 
     def shell(self) -> PreTrainedModel:
         """The base without weights."""

@@ -27,6 +27,9 @@ from corda.plan.plan import corrected
 from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
 
+# Options that change how a context is collected or used, not what is in it; held_out counts where drift is metered.
+_NOT_OF_A_CONTEXT = {"batch_size", "stream", "offload", "covariances", "selection", "held_out"}
+
 
 class Inputs:
     """Model files, layers, records and tasks of a recipe, and the fingerprints that follow from them."""
@@ -139,7 +142,7 @@ class Inputs:
             model,
             data,
             [[side, identify(source)] for side, source in r.context_sources().items()],
-            r.context.model_dump(mode="json", exclude={"batch_size", "stream", "offload", "selection", "held_out"}),
+            r.context.model_dump(mode="json", exclude=_NOT_OF_A_CONTEXT),
             r.context.held_out if r.metered else 0,
             [r.adapter.target_modules, r.adapter.towers],
             *head[:1],
@@ -258,3 +261,27 @@ class Inputs:
             "output_dir": str(self.recipe.output_dir),
             **later,
         }
+
+
+def refuse_several(recipe: Recipe) -> None:
+    """What one process can do and several cannot.
+
+    Args:
+        recipe: Of a run that several processes share.
+
+    Raises:
+        RecipeError: the model is spread over devices, or covariances are to be collected again.
+    """
+    if recipe.model.device_map is not None:
+        raise RecipeError(
+            "a model that is spread over devices by one process cannot be trained by several",
+            where="model.device_map",
+            fix="start one process, or leave device_map out: accelerate launch --use_fsdp --fsdp_version 2",
+        )
+    if recipe.context.covariances == "recollect":
+        raise RecipeError(
+            "several processes plan from covariances on disk",
+            where="context.covariances",
+            got="recollect",
+            fix="set it to disk, or start one process",
+        )

@@ -24,16 +24,16 @@ from transformers import PreTrainedModel
 from corda import artifact, distributed, models, sharding, training
 from corda.bases import Bases
 from corda.context import collect, store
+from corda.context.keeping import Keeping, readings
 from corda.context.store import HELD_OUT, Context
 from corda.data.batches import pad_id
 from corda.distributed import ALONE, Processes
 from corda.drift import DriftMeter, Yardstick, drift_notes, yardstick
-from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores
 from corda.evaluation.sharing import dealt_tasks, together
 from corda.exporting import export as exporting
 from corda.forms import TRAINED
-from corda.inputs import Inputs
+from corda.inputs import Inputs, refuse_several
 from corda.journal import Journal, discard
 from corda.metering import Meter
 from corda.plan import plan as plans
@@ -112,24 +112,23 @@ class Stages:
             CordaError: see `Inputs.check`; or the launcher asks for DeepSpeed ZeRO-3.
         """
         sharding.refuse_zero3(self.recipe.training.model_extra or {})
-        if self.processes.size > 1 and self.recipe.model.device_map is not None:
-            raise RecipeError(
-                "a model that is spread over devices by one process cannot be trained by several",
-                where="model.device_map",
-                got=f"{self.processes.size} processes",
-                fix="start one process, or leave device_map out: accelerate launch --use_fsdp --fsdp_version 2",
-            )
+        if self.processes.size > 1:
+            refuse_several(self.recipe)
         self.inputs.check()
 
     def context(self) -> Context | None:
         """Covariances of the calibration data; None for plain LoRA without a drift meter."""
         if not self.recipe.context_sources() or self._context is not None:
             return self._context
+        r, options = self.recipe, self.recipe.context
         found = self._reusable("context", *self.reuse_from)
+        if found is not None and not found.manifest.get("kept", True) and options.covariances == "disk":
+            found = None
         if found is not None:
             discard(self.folder / "context.partial")
         else:
-            r, options = self.recipe, self.recipe.context
+            alone = self.processes.size == 1
+            keeping = Keeping(options.covariances, readings(r)) if alone and options.stream else Keeping()
             journal = self._journal("context")
             with self.meter.stage("collect"):
                 chosen, sides = self.inputs.calibration()
@@ -149,17 +148,21 @@ class Stages:
                     progress=self.progress,
                     sides=sides,
                     processes=self.processes,
+                    keeping=keeping,
                 )
             tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
-            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}}
-            key = self.inputs.fingerprints["context"]
+            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}, "why": keeping.why}
+            key, kept = self.inputs.fingerprints["context"], keeping.kept is not False
 
             def save() -> None:
-                store.save(context, self.folder / "context", key, extra | self._costs("collect"), journal.seconds)
+                costs = extra | self._costs("collect")
+                store.save(context, self.folder / "context", key, costs, journal.seconds, kept=kept)
                 journal.remove()
 
             found = self._written("context", save)
         self._context = store.load(found)
+        if not found.manifest.get("kept", True):
+            self._context = self.bases.collecting_again(self._context)
         return self._context
 
     def plan(self) -> Plan:

@@ -18,6 +18,7 @@ Base = Literal["intact", "residual"]
 Allocation = Literal["uniform", "dynamic"]
 Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
+Covariances = Literal["auto", "disk", "recollect"]
 Correction = Literal["none", "fit", "frozen"]
 RecordFormat = Literal[
     "auto",
@@ -92,6 +93,9 @@ class ContextOptions(Strict):
     batch_size: PositiveInt = Field(8, description="records per forward pass; does not change the result")
     stream: bool = Field(True, description="one block after the other where the model allows; same result, less memory")
     offload: bool = Field(False, description="weights of one block at a time in memory, the rest stays on disk")
+    covariances: Covariances = Field(
+        "auto", description="for planning: kept on disk, or recollect: block by block each time; auto: the cheaper one"
+    )
     skip_unseen: bool = Field(False, description="leave out layers that saw no token instead of failing")
     held_out: int = Field(32, ge=0, description="records of data.keep not calibrated on, for the drift meter; 0: none")
 

@@ -98,6 +98,10 @@ def test_settings_show(raw_recipe):
     assert total(context__stream=False)["covariances"] == 2 * plain["covariances"]
     assert total(where="host", context__rounds=2, context__samples=4)["hidden_states"] > 0
     assert total(processes=4, shard=True)["weights"] < plain["weights"]
+    kept, again = (estimate(recipe(raw_recipe, context__covariances=c), "h100") for c in ("disk", "recollect"))
+    assert again["disk"]["covariances"] == 0 < kept["disk"]["covariances"]
+    assert again["seconds"]["plan"]["collect_again"] > kept["seconds"]["plan"]["collect_again"] == 0
+    assert again["memory"]["plan"]["host"]["covariances"] == kept["disk"]["covariances"] / 2  # one block of two
     assert total("train", model__load_in_4bit=True)["weights"] < total("train")["weights"]
     assert total("train", training__per_device_train_batch_size=8)["work"] > total("train")["work"]
     one, four = (estimate(recipe(raw_recipe), "h100", processes=p) for p in (1, 4))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,16 +13,18 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.capture import Capture, Captured, candidate, hooked
 from corda.context.feeding import fed_as_two, feeder, two_sequences
+from corda.context.keeping import Keeping
 from corda.context.lanes import Lanes, lanes, lanes_for
 from corda.context.masks import followed
+from corda.context.rounds import as_rounds, share
 from corda.context.route import Route, body_of, find_route
 from corda.context.routing import few_tokens_of_experts, pooled_tokens, rows_a_pass
 from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
 from corda.context.vision import patches_counted, refuse_response_only
-from corda.data.batches import Batch, Encoded, batches, calibration_rounds, pad_id
+from corda.data.batches import Batch, Encoded, calibration_rounds, pad_id
 from corda.data.formats import Template, to_records
-from corda.distributed import ALONE, Processes, dealt, world
+from corda.distributed import ALONE, Processes, world
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged
 from corda.offload import LazyWeights
@@ -125,6 +126,7 @@ def collect_encoded(
     progress: Progress = silent,
     sides: Sequence[str] = (),
     processes: Processes = ALONE,
+    keeping: Keeping | None = None,
 ) -> Context:
     """`collect` for records that are tokens already and layers that are chosen already.
 
@@ -143,9 +145,11 @@ def collect_encoded(
         progress: Shows how far it is.
         sides: Where the last of `encoded` are of other sources: their names; see `Context.side`.
         processes: See `collect`.
+        keeping: Whether a journal keeps covariances, or they are let go and had again by `march`; without, it does.
 
     Raises:
-        ModelError: DeepSpeed partitioned the model; or its targets do not lie in one list of blocks, with `weights`.
+        ModelError: DeepSpeed partitioned the model; or its targets do not lie in one list of blocks, with `weights` or
+            where covariances are to be collected again.
         ResourceError: with a journal, the covariances of all rounds do not fit on its disk.
     """
     refuse_partitioned(model)
@@ -153,10 +157,11 @@ def collect_encoded(
     processes = world() if sharded else processes
     batch_size = rows_a_pass(layers, batch_size, response_only)
     if two_sequences(model):
-        return _of_two_sequences(model, _as_rounds(encoded), layers, skip_unseen, len(sides))
+        _refuse_again(keeping)
+        return _of_two_sequences(model, as_rounds(encoded), layers, skip_unseen, len(sides))
     rounds = [
-        _share(part, processes, pad_token_id, batch_size, response_only=response_only, even=sharded)
-        for part in _as_rounds(encoded)
+        share(part, processes, pad_token_id, batch_size, response_only=response_only, even=sharded)
+        for part in as_rounds(encoded)
     ]
     if response_only:
         refuse_response_only(model, layers)
@@ -175,6 +180,8 @@ def collect_encoded(
     if sharded:
         with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
             model(**feeder(model)(rounds[0][-1].to(device_of(model))))
+    if route.blocks is None:
+        _refuse_again(keeping)
     if route.blocks is None and weights is not None:
         raise ModelError(
             "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
@@ -195,6 +202,7 @@ def collect_encoded(
                 device=device,
                 progress=progress,
                 processes=processes,
+                keeping=keeping,
             )
             found = list(parts)
     else:
@@ -205,6 +213,16 @@ def collect_encoded(
                 artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
     notes = [f"collected whole, not in blocks: {route.why}"] if route.why else []
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
+
+
+def _refuse_again(keeping: Keeping | None) -> None:
+    if keeping is not None and keeping.kept is False:
+        raise ModelError(
+            "covariances cannot be collected again block by block: the targets do not all lie in one list of blocks",
+            where="context.covariances",
+            got="recollect",
+            fix="set it to disk",
+        )
 
 
 def collect_batches(
@@ -269,28 +287,6 @@ def _whole(
     return capture.captured(round_, processes)
 
 
-def _share(
-    encoded: Sequence[Encoded], processes: Processes, pad: int, size: int, *, response_only: bool, even: bool
-) -> list[Batch]:
-    """This process's batches of a round: every so many-th record in order of length.
-
-    Args:
-        encoded: The whole round.
-        processes: Those that share it.
-        pad: Token of pads.
-        size: Rows per batch.
-        response_only: Only response tokens count.
-        even: As many batches in every process, with batches that do not count where there are too few.
-    """
-    ordered = sorted(encoded, key=len, reverse=True)
-    own = list(batches(dealt(ordered, processes), pad, size, response_only=response_only))
-    if even:
-        (idle,) = batches([Encoded(ordered[-1].ids[:1], (False,))], pad, 1)
-        idle = replace(idle, counts=torch.zeros_like(idle.counts))
-        own += [idle] * (max(processes.hear(len(own))) - len(own))
-    return own
-
-
 def _of_two_sequences(
     model: PreTrainedModel,
     rounds: Sequence[Sequence[Encoded]],
@@ -316,11 +312,6 @@ def _of_two_sequences(
         found.append(capture.captured(r))
     notes = ["collected whole and record by record: an encoder with a decoder"]
     return _finish(found, layers, skip_unseen, notes, len(rounds))
-
-
-def _as_rounds(encoded: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> list[list[Encoded]]:
-    flat = [part for part in encoded if isinstance(part, Encoded)]
-    return [flat] if flat else [list(part) for part in encoded if not isinstance(part, Encoded)]
 
 
 def _finish(

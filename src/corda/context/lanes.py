@@ -42,10 +42,10 @@ class Threads:
     """
 
     def __init__(self, count: int, share: int) -> None:
-        self.count = count
+        self.count, self._share = count, share
         self._local = threading.local()
         self._pools = [
-            ThreadPoolExecutor(1, initializer=self._begin, initargs=(lane, share))
+            ThreadPoolExecutor(1, initializer=self._begin, initargs=(lane,))
             for lane in range(count if count > 1 else 0)
         ]
 
@@ -58,7 +58,7 @@ class Threads:
         """work(item) of at most n items, item i in thread i, without gradients; results in order."""
         if self.count == 1:
             return [work(item) for item in items]
-        running = [pool.submit(_without_gradients, work, item) for pool, item in zip(self._pools, items, strict=False)]
+        running = [pool.submit(self._alone, work, item) for pool, item in zip(self._pools, items, strict=False)]
         return [one.result() for one in running]
 
     def close(self) -> None:
@@ -66,9 +66,13 @@ class Threads:
         for pool in self._pools:
             pool.shutdown(cancel_futures=True)
 
-    def _begin(self, lane: int, share: int) -> None:
+    def _begin(self, lane: int) -> None:
         self._local.lane = lane
-        torch.set_num_threads(share)
+
+    def _alone(self, work: Callable[[Item], Result], item: Item) -> Result:
+        torch.set_num_threads(self._share)  # every time: in between, others may set what holds for all threads
+        with torch.no_grad():
+            return work(item)
 
 
 @contextmanager
@@ -152,8 +156,3 @@ class Lanes(Capture):
     def _mine(self) -> Capture:
         lane = self._threads.lane
         return self if lane == 0 else self._others[lane - 1]
-
-
-def _without_gradients(work: Callable[[Item], Result], item: Item) -> Result:
-    with torch.no_grad():
-        return work(item)

@@ -18,6 +18,7 @@ from torch import Tensor
 from corda import artifact
 from corda.context.accumulator import unpack_upper
 from corda.context.capture import candidate
+from corda.context.keeping import NotKept
 from corda.errors import ArtifactError
 from corda.journal import LazyTensors
 from corda.targets import LayerSpec
@@ -164,7 +165,15 @@ class _Renamed(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, Any], seconds: float = 0.0) -> Context:
+def save(
+    context: Context,
+    folder: Path,
+    fingerprint: str,
+    extra: Mapping[str, Any],
+    seconds: float = 0.0,
+    *,
+    kept: bool = True,
+) -> Context:
     """Write a context and return it as read from disk. Parts that are on disk already are linked, not copied.
 
     Args:
@@ -173,6 +182,7 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
         fingerprint: Of everything it depends on.
         extra: More for the manifest.
         seconds: Spent on writing already, for the parts that are on disk.
+        kept: Covariances are written too; without, what they were of is.
 
     Raises:
         ResourceError: not enough space.
@@ -181,11 +191,12 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
     size = 0 if lazy else sum(4 * tensor.numel() for tensor in context.packed.values())
     started = time.perf_counter()
     with artifact.writing(folder, "context", fingerprint, size=size) as (temporary, manifest):
-        if lazy:
+        shards: dict[str, str] = {}
+        if kept and lazy:
             for place in sorted(set(lazy.places.values())):
                 _link(place, temporary / place.name)
             shards = {group: place.name for group, place in lazy.places.items()}
-        else:
+        elif kept:
             save_file(dict(context.packed), temporary / "covariances.safetensors")
             shards = dict.fromkeys(context.packed, "covariances.safetensors")
         manifest.update(
@@ -196,6 +207,7 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
             warnings=list(context.warnings),
             rounds=context.rounds,
             sides=list(context.sides),
+            kept=kept,
             write_seconds=seconds + time.perf_counter() - started,
             **extra,
         )
@@ -203,10 +215,12 @@ def save(context: Context, folder: Path, fingerprint: str, extra: Mapping[str, A
 
 
 def load(found: artifact.Artifact) -> Context:
-    """A context that reads its covariances from disk when asked."""
+    """A context that reads its covariances from disk when asked; one that has none there says so when asked."""
     manifest = found.manifest
     layers = tuple(LayerSpec(**layer) for layer in manifest["layers"])
-    packed = LazyTensors({group: found.path(name) for group, name in manifest["shards"].items()})
+    packed: Mapping[str, Tensor] = NotKept(manifest["tokens"])
+    if manifest.get("kept", True):
+        packed = LazyTensors({group: found.path(name) for group, name in manifest["shards"].items()})
     return Context(
         layers,
         manifest["groups"],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from corda import artifact
 from corda.context.blocks import block_arguments, run_block
 from corda.context.capture import Capture, Captured, hooked
+from corda.context.keeping import Keeping
 from corda.context.lanes import Lanes, Threads, lanes, lanes_for
 from corda.data.batches import Batch
 from corda.distributed import ALONE, Processes
@@ -38,6 +40,7 @@ def streamed(
     weights: LazyWeights | None = None,
     device: torch.device | None = None,
     processes: Processes = ALONE,
+    keeping: Keeping | None = None,
 ) -> Iterator[Captured]:
     """Run the calibration set through one block at a time and yield each block's covariances.
 
@@ -56,6 +59,7 @@ def streamed(
         weights: Where a model without weights gets those of one block at a time.
         device: To compute on; default: that of the model.
         processes: Those that run other batches of the same rounds; their sums are added up block by block.
+        keeping: Whether covariances stay in the journal; without, they do. Those that do not are let go.
 
     Raises:
         ResourceError: what is to be kept of all blocks and rounds does not fit on the disk; found out after the first
@@ -66,6 +70,9 @@ def streamed(
     members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
     known = _known(journal, len(blocks), len(rounds), processes)
     needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
+    keeping = keeping or Keeping()
+    if keeping.kept is None and any(part for row in known for part in row):
+        keeping = Keeping()
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
     with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
         march = _March(body, modules, inputs_of, rounds, threads, device)
@@ -76,7 +83,7 @@ def streamed(
                     stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
                     stack.enter_context(weights.on(modules[index], blocks[index][0], device))
                 for r in range(len(rounds)):
-                    done = known[index][r]
+                    done, started = known[index][r], time.perf_counter()
                     if index <= needed:
                         capture = Lanes(members[index] if done is None else [], threads, device)
                         with hooked(model, capture):
@@ -87,9 +94,14 @@ def streamed(
                         if done is None and members[index]:
                             done = capture.captured(r, processes)
                             if journal is not None:
-                                size = done.bytes * missing // _width(members[index])
-                                missing = 0  # of all blocks to come, asked for before the second one is run
-                                done = _kept(journal, _key(index, r), done, size, processes)
+                                parts, missing = missing / _width(members[index]), 0
+                                size = int(done.bytes * parts)  # of all blocks, asked for before the second one is run
+                                keep = functools.partial(_kept, journal, _key(index, r), done, size, processes)
+                                if keeping.kept is None:
+                                    kept = keeping.weigh(time.perf_counter() - started, keep, parts)
+                                else:
+                                    kept = keep() if keeping.kept else None
+                                done = kept or replace(done, packed={})
                     if done is not None:
                         yield done
 

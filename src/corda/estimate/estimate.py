@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from corda import linalg
+from corda.context.keeping import readings
 from corda.context.lanes import lanes_for
 from corda.errors import RecipeError
 from corda.estimate import machine
@@ -188,8 +189,7 @@ class _Work:
         share = tokens / self.processes
         forward = 2.0 * self.facts.active * share / device.forward
         triangles = sum(triangle_flops(m[0].d_in, share * facts.share(m[0])) for m in facts.groups.values())
-        rounds = len(facts.tokens.rounds)
-        written = rounds * sum(packed(g) for g in facts.block_groups())
+        written = facts.kept_bytes
         moved = 2.0 * share * facts.hidden * facts.dtype.itemsize * len(facts.blocks or []) / device.link
         read = facts.weight_bytes(full=True) / device.disk  # once for all processes of a node
         parts = {
@@ -228,11 +228,11 @@ class _Work:
     def _plan_memory(self) -> dict[str, Any]:
         facts = self.facts
         layer = max((found.bytes for found in self.rehearsed.values()), default=0)
-        copies = self.device.threads if self.side_by_side else 1
-        weights = self._resident("plan")
+        copies = self.device.threads if self.side_by_side and not facts.recollects else 1
         spectra = sum(x.max_rank for x in facts.layers) * FP32
         kept = (facts.factor_bytes + spectra) * 2  # once more while they are written
-        return self._memory({"weights": weights, "work": layer * copies}, {"factors": kept})
+        host = {"factors": kept, "covariances": facts.again_bytes}
+        return self._memory({"weights": self._resident("plan"), "work": layer * copies}, host)
 
     def _layer_seconds(self, layer: LayerSpec) -> float:
         facts, options = self.facts, self.recipe.adapter
@@ -252,8 +252,9 @@ class _Work:
     def _plan_seconds(self) -> dict[str, float]:
         facts = self.facts
         layers = [self._layer_seconds(layer) for layer in facts.layers]
-        read = sum(packed(g) for g in facts.block_groups()) / self.device.disk / -(-self.processes // _PER_NODE)
+        read = facts.kept_bytes / len(facts.tokens.rounds) / self.device.disk / -(-self.processes // _PER_NODE)
         parts = {"decompose": makespan(layers, self.processes), "read": read}
+        parts["collect_again"] = facts.recollects * readings(self.recipe) * sum(self._collect_seconds().values())
         if self.processes > 1:
             parts["gather"] = facts.factor_bytes / self.device.network
         return parts
@@ -363,11 +364,10 @@ class _Work:
 
     def _disk(self) -> dict[str, int]:
         facts, factors = self.facts, self.facts.factor_bytes
-        covariances = sum(packed(g) for g in facts.block_groups()) * len(facts.tokens.rounds)
         spectra = sum(x.max_rank for x in facts.layers) * FP32
         doubled = 2 if self.recipe.adapter.has_start else 1
         parts = {
-            "covariances": covariances,
+            "covariances": facts.kept_bytes,
             "plan": (factors + spectra) * 2 if self.plans else 0,  # and its journal until it is done
             "adapter": factors * doubled,
             "checkpoints": factors * (doubled + 2) if self.recipe.training.save_steps else 0,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from corda import architectures, models
 from corda.context.blocks import find_blocks
 from corda.errors import DataError, ModelError, ResourceError
+from corda.estimate.counting import packed
 from corda.estimate.rehearse import shared_inputs
 from corda.inputs import Inputs
 from corda.plan.byhand import by_hand
@@ -139,6 +140,23 @@ class Facts:
             [(group, members) for group, members in self.groups.items() if group.startswith(f"{name}.")]
             for name, _ in self.blocks
         ]
+
+    @property
+    def recollects(self) -> bool:
+        """Whether covariances are not kept on disk; with `auto` they are taken to be."""
+        return self.recipe.context.covariances == "recollect"
+
+    @property
+    def kept_bytes(self) -> int:
+        """Covariances of all rounds on disk."""
+        size = sum(packed(groups) for groups in self.block_groups()) * len(self.tokens.rounds)
+        return 0 if self.recollects else size
+
+    @property
+    def again_bytes(self) -> int:
+        """Covariances of one block, of all rounds, that are in memory where they are collected again."""
+        size = max(packed(groups) for groups in self.block_groups()) * len(self.tokens.rounds)
+        return size if self.recollects else 0
 
     @cached_property
     def parameters(self) -> int:

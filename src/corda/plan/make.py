@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from corda import linalg
+from corda.context.again import Recollected
 from corda.context.store import Context
 from corda.distributed import ALONE, Processes
 from corda.errors import PlanError
@@ -93,7 +94,7 @@ def make_plan(
     work = Passes(context, options, selection, weight, device, journal, quantise, learn, seed)
     groups = context.members()
     small = device.type == "cpu" and max(min(spec.d_out, spec.d_in) for spec in specs) <= linalg.EXACT_LIMIT
-    share = Shared(weight, processes, small, progress)
+    share = Shared(weight, processes, small, isinstance(context.packed, Recollected), progress)
     with torch.no_grad(), full_precision():
         layers = _ranked(work, share, groups, blank, rank)
         layers, changed = with_ranks_by_hand(layers, options)

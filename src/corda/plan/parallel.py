@@ -20,7 +20,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def each(work: Callable[[Item], Result], items: Sequence[Item], *, side_by_side: bool) -> Iterator[Result]:
+def each(
+    work: Callable[[Item], Result], items: Sequence[Item], *, side_by_side: bool, in_order: bool = False
+) -> Iterator[Result]:
     """work(item) for every item, in order.
 
     Side by side, every one of torch's threads takes an item of its own and computes it alone, so that results are the
@@ -30,6 +32,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], *, side_by_side:
         work: Runs without gradients.
         items: What on.
         side_by_side: Else one after the other, each with all of torch's threads.
+        in_order: One after the other in any case, with the bits of side by side.
     """
     if not side_by_side:
         yield from map(work, items)
@@ -40,7 +43,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], *, side_by_side:
         with torch.no_grad():
             return work(item)
 
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(1 if in_order else threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from pool.map(alone, items)
     finally:
@@ -69,6 +72,7 @@ def each_shared(
     form: Form[Result],
     processes: Processes,
     side_by_side: bool,
+    in_order: bool,
     progress: Progress,
     what: str,
     bring: Callable[[Item, bool], None] | None = None,
@@ -82,6 +86,7 @@ def each_shared(
         form: How results are sent.
         processes: Who shares.
         side_by_side: As in `each`.
+        in_order: As in `each`.
         progress: Shows how far this process's own share is.
         what: What is done, for the display.
         bring: Called by all processes together before an item is worked on, with whether it is this one's: where
@@ -96,7 +101,7 @@ def each_shared(
 
     def mine() -> dict[int, Result]:
         if bring is None:
-            found = each(work, [items[i] for i in own], side_by_side=side_by_side)
+            found = each(work, [items[i] for i in own], side_by_side=side_by_side, in_order=in_order)
             return dict(zip(own, progress(found, what, len(own)), strict=True))
         return dict(zip(own, progress(together(), what, len(own)), strict=True))
 

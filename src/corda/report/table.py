@@ -141,12 +141,16 @@ def context_table(facts: Mapping[str, Any]) -> Table:
 
 def kept_sentence(kept: Mapping[str, Any]) -> str:
     """What a context's covariances take on the disk, against what it would take to collect them once more."""
-    text = f"{kept['bytes'] / 1e6:,.1f} MB of covariances kept on disk"
-    if kept["write_seconds"] is not None:
-        text += f", written in {kept['write_seconds']:.1f} s"
+    text = "covariances not kept: every pass of the plan collects them again, block by block"
+    if kept["on_disk"]:
+        text = f"{kept['bytes'] / 1e6:,.1f} MB of covariances kept on disk"
+        if kept["write_seconds"] is not None:
+            text += f", written in {kept['write_seconds']:.1f} s"
     if kept["collect_again_tokens"] is not None:
         tokens, seconds = kept["collect_again_tokens"], kept["collect_again_seconds"]
-        text += f"; collecting them again would put {tokens:,} tokens through the model, {seconds:.1f} s"
+        text += f"; collecting them again puts {tokens:,} tokens through the model, {seconds:.1f} s"
+    if kept["why"]:
+        text += f"; {kept['why']}"
     return text
 
 
