@@ -28,6 +28,7 @@ _COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/f
 _HELD_OUT = ("test", "validation", "valid", "dev", "heldout", "eval")
 _SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
 _BILLION = 10**9
+_FROZEN_A = 5  # times the learning rate where B alone is trained, from zero: as in recipes/smollm2-gsm8k-*.yaml
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def draft(
         keep: The knowledge to keep; without it the mode is ipm.
         learn_test: Held-out records of the task; default: a file beside it that is named like one.
         keep_test: The same for what is to be kept.
-        mode: One of adapter.mode; default: kpm with `keep`, else ipm.
+        mode: One of adapter.mode; default: contrast with `keep`, else ipm.
         output_dir: Where the run goes.
         overrides: `key=value` for anything, which win over what is suggested.
         launch: Command named in the first line.
@@ -94,7 +95,7 @@ def draft(
         "output_dir": str(output_dir),
         "model": {"model_name_or_path": model},
         "data": {"learn": learn} | ({"keep": keep} if keep else {}),
-        "adapter": {"mode": mode or ("kpm" if keep else "ipm")},
+        "adapter": {"mode": mode or ("contrast" if keep else "ipm")},
     }
     apply_overrides(raw, overrides)
     inputs = Inputs(parse_recipe(raw, "init-recipe"))
@@ -215,10 +216,14 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
     accumulate = max(1, total // rows)
     steps = math.ceil(data["learn"]["records"] / (rows * accumulate))
     notes["training.num_train_epochs"] = f"one is {steps:,} optimiser steps of {rows * accumulate} records"
+    rate = 2e-5 if large else 2e-4
     notes["training.learning_rate"] = "a start, to be tried up and down; CorDA learns faster than LoRA at the same rate"
+    if recipe.adapter.freezes_a:
+        rate *= _FROZEN_A
+        notes["training.learning_rate"] = "a start, to be tried up and down; with A frozen B takes a higher rate"
     notes["training.save_steps"] = "an interrupted training continues from there"
     training: dict[str, Any] = {
-        "learning_rate": 2e-5 if large else 2e-4,
+        "learning_rate": rate,
         "num_train_epochs": 1,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulate,

@@ -33,7 +33,8 @@ def test_it_passes_the_dry_run_and_says_why(corda, pico, data, tmp_path, monkeyp
             assert f"  {key}: " in text
             if description := block.model_fields[key].description:
                 assert description in whole, key
-    assert recipe.adapter.mode == "kpm"
+    assert recipe.adapter.mode == "contrast"
+    assert recipe.training.learning_rate == pytest.approx(1e-3)
     assert recipe.adapter.rank == 4  # a quarter of the narrowest layer's 24 is 6
     assert recipe.data.template == "chat"
     assert recipe.data.max_length == 64

@@ -24,7 +24,9 @@ def init_recipe(
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe")] = Path("recipe.yaml"),
     learn_test: Annotated[str | None, typer.Option(help="Held-out records of the task", metavar="FILE")] = None,
     keep_test: Annotated[str | None, typer.Option(help="Held-out records to keep", metavar="FILE")] = None,
-    mode: Annotated[str | None, typer.Option(help="One of adapter.mode; default: kpm, or ipm")] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="One of adapter.mode; default: contrast, or ipm without --keep")
+    ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
