@@ -1,10 +1,11 @@
-"""A small real vision-language model learns a second visual task: what do LoRA and CorDA-KPM forget of the first?
+"""A small real vision-language model learns a second visual task: what do LoRA, KPM and contrast forget of the first?
 
-    python benchmarks/small_vlm.py
+    python benchmarks/small_vlm.py --steps-a 160 --seeds 0 1 2
 
 A random compact SigLIP and a projector are put in front of SmolLM2-135M in LLaVA's layout. Skill A, the colour and the
 side of a block in a generated image, is learned by the encoder and the projector, the language model being frozen. Then
-adapters on the language model learn skill B, counting blocks. KPM's context is skill A.
+adapters on the language model learn skill B, counting blocks. The knowledge of KPM and contrast is skill A. A seed is
+that of skill B's training records, their order and random starts; there is one model.
 
 Results are written after each run, so that an interrupted study keeps what it has; runs with the same settings add to
 those of earlier calls, which share what was learned of skill A through the folder `--work`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import random
 import time
 from pathlib import Path
@@ -173,17 +175,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=96)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--runs", nargs="+", default=["kpm:4e-4", "lora:1e-3"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", nargs="+", default=["kpm:4e-4", "lora:1e-3", "contrast:1.5e-3"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of skill B's training")
     parser.add_argument("--output", type=Path, default=RESULTS / "small-vlm.json")
     parser.add_argument("--work", type=Path, default=Path("small-vlm-work"))
     options = parser.parse_args()
 
-    model, processor = small_vlm(options.seed)
+    model, processor = small_vlm(0)
     pad = processor.tokenizer.pad_token_id or 0
-    rng = random.Random(options.seed)
+    rng = random.Random(0)
     raw_a = skill_a(rng, 1500)
-    learn_b = [encode(record, processor) for record in to_records(skill_b(rng, options.steps_b * options.batch))]
+    raw_b = {0: skill_b(rng, options.steps_b * options.batch)}
+    learn_b = {0: [encode(record, processor) for record in to_records(raw_b[0])]}
+    for seed in set(options.seeds) - {0}:
+        more = skill_b(random.Random(seed), options.steps_b * options.batch)
+        learn_b[seed] = [encode(record, processor) for record in to_records(more)]
     skills = {
         "A": to_records(skill_a(rng, options.held_out)),
         "B": to_records(skill_b(rng, options.held_out)),
@@ -207,17 +213,17 @@ def main() -> None:
         artifact.write_json(weights.with_suffix(".json"), {"loss": curve})
     before = measured(model, processor, skills, pad)
 
-    context = collect(model, processor, raw_a, samples=256, batch_size=32)
-    probe_batch = padded(learn_b[:4], pad)
+    context = collect(model, processor, raw_a, learn=raw_b[0], samples=256, batch_size=32)
+    probe_batch = padded(learn_b[0][:4], pad)
     probe = {"input_ids": probe_batch.input_ids, "attention_mask": probe_batch.attention_mask}
     probe |= dict(probe_batch.more or {})
     reference = probe_logits(model, probe)
     runs: list[dict[str, Any]] = []
-    for run in options.runs:
+    for seed, run in itertools.product(options.seeds, options.runs):
         mode, rate = run.split(":")
         base = copy.deepcopy(model)
-        start = context if mode == "kpm" else find_targets(base)
-        adapted = attach(base, make_plan(base, start, mode=mode, rank=options.rank))
+        start = find_targets(base) if mode == "lora" else context
+        adapted = attach(base, make_plan(base, start, mode=mode, rank=options.rank, seed=seed), seed=seed)
         step0 = relative_difference(probe_logits(adapted, probe), reference)
         settings = TrainingOptions(
             learning_rate=float(rate),
@@ -226,34 +232,40 @@ def main() -> None:
             logging_steps=5,
         )
         curve_b = train(
-            adapted, processor, learn_b, settings, folder=options.work / run, fingerprint=run, seed=options.seed
+            adapted,
+            processor,
+            learn_b[seed],
+            settings,
+            folder=options.work / f"{run}:{seed}",
+            fingerprint=f"{run}:{seed}",
+            seed=seed,
         )
         after = measured(adapted, processor, skills, pad)
         runs.append(
             {
                 "mode": mode,
                 "learning_rate": float(rate),
+                "seed": seed,
                 "step0_relative_logit_difference": step0,
                 "train": {"loss": curve_b.loss, "step": curve_b.step},
                 "after": {name: score.as_json() for name, score in after.items()},
                 "change": {name: change(before[name], score).as_json() for name, score in after.items()},
             }
         )
-        print(run, runs[-1]["change"], flush=True)
+        print(run, seed, runs[-1]["change"], flush=True)
         save(
             options.output,
             {
                 "name": "small-vlm",
                 "device": artifact.provenance()["device"],
                 "model": "random SigLIP (2 layers, 96 wide) and projector before SmolLM2-135M-Instruct, LLaVA layout",
-                "note": "weights of SmolLM2 de-quantised from Q4_1; one seed",
+                "note": "weights of SmolLM2 de-quantised from Q4_1; seeds of skill B's training, one model",
                 "settings": {
                     "steps_a": len(curve),
                     "rate_a": options.rate_a,
                     "steps_b": options.steps_b,
                     "batch": options.batch,
                     "rank": options.rank,
-                    "seed": options.seed,
                     "image_tokens": (SIZE // PATCH) ** 2,
                     "calibration_tokens": context.token_count(context.layers[0].name),
                 },
