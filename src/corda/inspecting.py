@@ -71,7 +71,7 @@ def kept(found: artifact.Artifact) -> dict[str, Any]:
         "bytes": sum(file["bytes"] for file in found.manifest["files"].values()),
         "write_seconds": found.manifest.get("write_seconds"),
         "on_disk": found.manifest.get("kept", True),
-        "why": found.manifest.get("why", ""),
+        "why": again.get("why", ""),
         "collect_again_tokens": again.get("tokens"),
         "collect_again_seconds": again.get("seconds"),
     }

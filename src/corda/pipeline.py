@@ -151,7 +151,7 @@ class Stages:
                     keeping=keeping,
                 )
             tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
-            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0)}, "why": keeping.why}
+            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0), "why": keeping.why}}
             key, kept = self.inputs.fingerprints["context"], keeping.kept is not False
 
             def save() -> None:

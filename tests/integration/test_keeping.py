@@ -115,7 +115,7 @@ def test_what_does_not_fit_on_the_disk_is_collected_again(raw_recipe, tmp_path, 
 
     monkeypatch.setattr(artifact, "need_disk", full)
     found, plan, _ = planned(raw_recipe, tmp_path / "run", "auto")
-    assert "do not fit on the disk (0.01 GB free" in found.manifest["why"]
+    assert "do not fit on the disk (0.01 GB free" in found.manifest["again"]["why"]
     assert not found.manifest["files"]
     assert plan.factors
     with pytest.raises(ResourceError):
