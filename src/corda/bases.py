@@ -58,11 +58,13 @@ class Bases:
         shell = self.shell()
         return shell, LazyWeights(self.inputs.source, shell, self.dtype())
 
-    def collecting_again(self, context: Context) -> Context:
+    def collecting_again(self, context: Context, batch_size: int, threads: int) -> Context:
         """The context with covariances that the base as it is before training gives block by block; see `Recollected`.
 
         Args:
             context: One whose covariances were not kept.
+            batch_size: That they were collected with.
+            threads: Of torch, that they were collected with.
         """
         options = self.recipe.context
 
@@ -74,13 +76,14 @@ class Bases:
                 chosen,
                 self.inputs.targets,
                 pad_token_id=pad_id(self.inputs.tokenizer),
-                batch_size=options.batch_size,
+                batch_size=batch_size,
                 response_only=options.positions == "response",
                 weights=weights,
                 device=models.pick_device(self.recipe.model.device),
             )
 
-        return replace(context, packed=Recollected(context.tokens, start, context.rounds + len(context.sides)))
+        parts = context.rounds + len(context.sides)
+        return replace(context, packed=Recollected(context.tokens, start, parts, threads))
 
     def shell(self) -> PreTrainedModel:
         """The base without weights."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from corda import artifact, models, quantization
+from corda.context.keeping import refuse_recollecting
 from corda.context.store import HELD_OUT
 from corda.data import sources
 from corda.data.batches import Encoded, calibration_rounds, drawing_order
@@ -224,6 +225,7 @@ class Inputs:
         Raises:
             CordaError: whatever is wrong with model, data, targets, rank or export.
         """
+        refuse_recollecting(self.recipe)
         targets = self.targets
         self._check_experts()
         check_ranks_by_hand(targets, self.recipe.adapter, self.recipe.context.rounds)
@@ -263,11 +265,12 @@ class Inputs:
         }
 
 
-def refuse_several(recipe: Recipe) -> None:
+def refuse_several(recipe: Recipe, processes: int) -> None:
     """What one process can do and several cannot.
 
     Args:
         recipe: Of a run that several processes share.
+        processes: How many.
 
     Raises:
         RecipeError: the model is spread over devices, or covariances are to be collected again.
@@ -276,6 +279,7 @@ def refuse_several(recipe: Recipe) -> None:
         raise RecipeError(
             "a model that is spread over devices by one process cannot be trained by several",
             where="model.device_map",
+            got=f"{processes} processes",
             fix="start one process, or leave device_map out: accelerate launch --use_fsdp --fsdp_version 2",
         )
     if recipe.context.covariances == "recollect":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from corda import artifact
 from corda.context import store
+from corda.context.keeping import NotKept
 from corda.errors import ArtifactError
 from corda.progress import Progress, silent
 
@@ -48,9 +49,11 @@ def context_facts(folder: Path, progress: Progress = silent) -> dict[str, Any]:
         facts: dict[str, Any] = {"group": group, "side": name, "layers": [layer.name for layer in layers]}
         facts |= {"d_in": layers[0].d_in, "tokens": [], "mean_diagonal": [], "effective_rank": []}
         for round_ in range(side.rounds):
+            facts["tokens"].append(side.token_count(layers[0].name, round_))
+            if isinstance(side.packed, NotKept) or isinstance(context.packed, NotKept):
+                continue
             C = side.covariance(layers[0].name, round_)
             trace, size = float(C.diagonal().double().sum()), float(torch.linalg.matrix_norm(C))
-            facts["tokens"].append(side.token_count(layers[0].name, round_))
             facts["mean_diagonal"].append(trace / len(C))
             facts["effective_rank"].append((trace / size) ** 2 if size else 0.0)
         inputs.append(facts)

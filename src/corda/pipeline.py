@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel
 from corda import artifact, distributed, models, sharding, training
 from corda.bases import Bases
 from corda.context import collect, store
-from corda.context.keeping import Keeping, readings
+from corda.context.again import Recollected
+from corda.context.keeping import keeping_of
 from corda.context.store import HELD_OUT, Context
 from corda.data.batches import pad_id
 from corda.distributed import ALONE, Processes
@@ -113,7 +115,7 @@ class Stages:
         """
         sharding.refuse_zero3(self.recipe.training.model_extra or {})
         if self.processes.size > 1:
-            refuse_several(self.recipe)
+            refuse_several(self.recipe, self.processes.size)
         self.inputs.check()
 
     def context(self) -> Context | None:
@@ -121,14 +123,13 @@ class Stages:
         if not self.recipe.context_sources() or self._context is not None:
             return self._context
         r, options = self.recipe, self.recipe.context
+        keeping = keeping_of(r, self.processes.size)
         found = self._reusable("context", *self.reuse_from)
-        if found is not None and not found.manifest.get("kept", True) and options.covariances == "disk":
+        if found is not None and not found.manifest.get("kept", True) and keeping.kept:
             found = None
         if found is not None:
             discard(self.folder / "context.partial")
         else:
-            alone = self.processes.size == 1
-            keeping = Keeping(options.covariances, readings(r)) if alone and options.stream else Keeping()
             journal = self._journal("context")
             with self.meter.stage("collect"):
                 chosen, sides = self.inputs.calibration()
@@ -151,18 +152,20 @@ class Stages:
                     keeping=keeping,
                 )
             tokens, seconds = sum(len(one) for part in chosen for one in part), self.meter.seconds["collect"]
-            extra = {"again": {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0), "why": keeping.why}}
+            again = {"tokens": tokens, "seconds": max(seconds - journal.seconds, 0.0), "why": keeping.why}
+            again |= {"batch_size": options.batch_size, "threads": torch.get_num_threads()}
             key, kept = self.inputs.fingerprints["context"], keeping.kept is not False
 
             def save() -> None:
-                costs = extra | self._costs("collect")
+                costs = {"again": again} | self._costs("collect")
                 store.save(context, self.folder / "context", key, costs, journal.seconds, kept=kept)
                 journal.remove()
 
             found = self._written("context", save)
         self._context = store.load(found)
         if not found.manifest.get("kept", True):
-            self._context = self.bases.collecting_again(self._context)
+            again = found.manifest["again"]
+            self._context = self.bases.collecting_again(self._context, again["batch_size"], again["threads"])
         return self._context
 
     def plan(self) -> Plan:
@@ -191,6 +194,8 @@ class Stages:
                     progress=self.progress,
                     processes=self.processes,
                 )
+            if context is not None and isinstance(context.packed, Recollected):
+                context.packed.close()
             parents = {"context": self.inputs.fingerprints["context"]} if context else {}
 
             def save() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from corda.cli.app import app
 from corda.data.batches import pad_id
 from corda.data.formats import to_records
-from corda.errors import DataError
+from corda.errors import DataError, ResourceError
 from corda.evaluation.harness import flattened, harness_scores
 from corda.evaluation.likelihood import choice_accuracy
 
@@ -75,6 +75,17 @@ def test_the_verb_measures_base_and_tuned_model(shared_task, raw_recipe, write_r
 def test_an_unknown_task_is_an_error_with_a_hint(model, tokenizer):
     with pytest.raises(DataError, match=r"no such task.*lm_eval ls tasks"):
         harness_scores(model, tokenizer, ["corda_windows"])
+
+
+def test_no_network_is_said(shared_task, model, tokenizer, monkeypatch):
+    import lm_eval
+
+    def offline(**kwargs):
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", offline)
+    with pytest.raises(ResourceError, match=r"download.*corda_doors.*Couldn't reach.*--harness-path"):
+        harness_scores(model, tokenizer, ["corda_doors"], include=shared_task[0])
 
 
 def test_results_of_the_harness_in_our_form():

@@ -58,6 +58,11 @@ def test_a_run_on_images(raw, tmp_path, template):
     assert PeftModel.from_pretrained(base, tmp_path / "run/adapter").peft_config["default"].r == 8
 
 
+def test_the_harness_is_refused_for_a_model_that_takes_images(raw):
+    with pytest.raises(RecipeError, match=r"the harness.*image-text-to-text"):
+        Inputs(parse_recipe(raw)).kind.refuse_unless_text("the harness", images=False)
+
+
 def test_chat_with_a_model_that_takes_images_is_refused(raw):
     recipe = parse_recipe(raw)
     pipeline.run(recipe)

@@ -129,7 +129,7 @@ def evaluate(
             both = (("before", stages.before()), ("after", stages.after()))
             sides = {side: {name: s.as_json() for name, s in scores.values.items()} for side, scores in both}
         else:
-            stages.inputs.kind.refuse_unless_text("the harness")
+            stages.inputs.kind.refuse_unless_text("the harness", images=False)
             tokenizer, size = stages.inputs.tokenizer, stages.recipe.evaluation.batch_size
             sides = {
                 side: harness_scores(
@@ -137,6 +137,10 @@ def evaluate(
                 )
                 for side, model in (("before", stages.bases.bare), ("after", stages.tuned))
             }
+        if harness is None and not as_json:
+            recipe_json = stages.recipe.as_json()
+            print_table([{"plan": {"mode": stages.recipe.adapter.mode}, "scores": sides, "recipe": recipe_json}])
+            return
         print_value(sides, as_json)
 
 

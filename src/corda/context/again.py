@@ -27,19 +27,20 @@ from corda.targets import LayerSpec
 class Recollected(Mapping[str, Tensor]):
     """Covariances by collecting again, block after block: the block asked for last is in memory, with all rounds.
 
-    Meant to be gone through in order, as planning does, by one thread; going back starts from the first block. The sums
-    are those of the first collection bit for bit: they are taken with as many of torch's threads.
+    Meant to be gone through in order, as planning does, by one thread; going back starts from the first block.
 
     Args:
         names: Every candidate.
         march: Starts a collection; yields each block's rounds one after the other, as `streamed` does.
         rounds: Parts that a block comes in.
+        threads: Of torch, that the first collection had: the sums are its own then, bit for bit.
     """
 
-    def __init__(self, names: Iterable[str], march: Callable[[], Iterator[Captured]], rounds: int) -> None:
+    def __init__(
+        self, names: Iterable[str], march: Callable[[], Iterator[Captured]], rounds: int, threads: int
+    ) -> None:
         self._names = dict.fromkeys(names)
-        self._march, self._rounds = march, rounds
-        self._threads = torch.get_num_threads()
+        self._march, self._rounds, self._threads = march, rounds, threads
         self._running: Iterator[Captured] = iter(())
         self._ahead: set[str] = set()
         self._block: dict[str, Tensor] = {}
@@ -52,18 +53,25 @@ class Recollected(Mapping[str, Tensor]):
             torch.set_num_threads(self._threads)
             try:
                 self._advance(name)
+            except BaseException:
+                self.close()
+                raise
             finally:
                 torch.set_num_threads(before)
         return self._block[name]
+
+    def close(self) -> None:
+        """Let go of the block in memory and of the march; the next one that is asked for starts anew."""
+        self._running, self._ahead, self._block = iter(()), set(), {}
 
     def _advance(self, name: str) -> None:
         if name not in self._ahead:
             self._running, self._ahead = self._march(), set(self._names)
         while name not in self._block:
             self._block = {}  # let go before the next one is collected
-            for part in itertools.islice(self._running, self._rounds):
-                self._block.update(part.packed)
-            if not self._block:
+            parts = [part.packed for part in itertools.islice(self._running, self._rounds)]
+            self._block = {candidate: C for packed in parts for candidate, C in packed.items()}
+            if not parts:
                 raise ArtifactError("collecting again gave other layers", where=name, fix="collect the context again")
             self._ahead -= self._block.keys()
         if not self._ahead:

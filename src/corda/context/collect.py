@@ -157,7 +157,7 @@ def collect_encoded(
     processes = world() if sharded else processes
     batch_size = rows_a_pass(layers, batch_size, response_only)
     if two_sequences(model):
-        _refuse_again(keeping)
+        _keeps(keeping, "an encoder with a decoder")
         return _of_two_sequences(model, as_rounds(encoded), layers, skip_unseen, len(sides))
     rounds = [
         share(part, processes, pad_token_id, batch_size, response_only=response_only, even=sharded)
@@ -181,7 +181,7 @@ def collect_encoded(
         with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
             model(**feeder(model)(rounds[0][-1].to(device_of(model))))
     if route.blocks is None:
-        _refuse_again(keeping)
+        _keeps(keeping, route.why or "the model is not run block by block")
     if route.blocks is None and weights is not None:
         raise ModelError(
             "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
@@ -215,14 +215,17 @@ def collect_encoded(
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
 
 
-def _refuse_again(keeping: Keeping | None) -> None:
-    if keeping is not None and keeping.kept is False:
-        raise ModelError(
-            "covariances cannot be collected again block by block: the targets do not all lie in one list of blocks",
-            where="context.covariances",
-            got="recollect",
-            fix="set it to disk",
-        )
+def _keeps(keeping: Keeping | None, why: str) -> None:
+    """Where there are no blocks, covariances are kept."""
+    if keeping is not None:
+        keeping.settle(True, why)
+        if keeping.kept is False:
+            raise ModelError(
+                f"covariances cannot be collected again block by block: {why}",
+                where="context.covariances",
+                got="recollect",
+                fix="set it to disk",
+            )
 
 
 def collect_batches(

@@ -188,7 +188,7 @@ def save(
         ResourceError: not enough space.
     """
     lazy = context.packed if isinstance(context.packed, LazyTensors) else None
-    size = 0 if lazy else sum(4 * tensor.numel() for tensor in context.packed.values())
+    size = 0 if lazy or not kept else sum(4 * tensor.numel() for tensor in context.packed.values())
     started = time.perf_counter()
     with artifact.writing(folder, "context", fingerprint, size=size) as (temporary, manifest):
         shards: dict[str, str] = {}

@@ -20,6 +20,7 @@ from corda.context.keeping import Keeping
 from corda.context.lanes import Lanes, Threads, lanes, lanes_for
 from corda.data.batches import Batch
 from corda.distributed import ALONE, Processes
+from corda.errors import ResourceError
 from corda.journal import Journal
 from corda.offload import LazyWeights
 from corda.progress import Progress
@@ -68,22 +69,25 @@ def streamed(
     device = device or device_of(model)
     modules = [block for _, block in blocks]
     members = [[layer for layer in layers if layer.name.startswith(f"{name}.")] for name, _ in blocks]
-    known = _known(journal, len(blocks), len(rounds), processes)
-    needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     keeping = keeping or Keeping()
-    if keeping.kept is None and any(part for row in known for part in row):
-        keeping = Keeping()
+    if journal is not None:
+        keeping.resume(journal)
+    known = _known(journal if keeping.kept is not False else None, len(blocks), len(rounds), processes)
+    if any(part for row in known for part in row):
+        keeping.settle(True, "some of them were on the disk already")
+    needed = max((i for i in range(len(blocks)) if members[i] and None in known[i]), default=-1)
     missing = sum(_width(members[i]) for i in range(len(blocks)) for part in known[i] if part is None)
     with lanes(1 if is_spread(model) else lanes_for(layers, device)) as threads:
         march = _March(body, modules, inputs_of, rounds, threads, device)
         for index in progress(range(len(blocks)), "collect", len(blocks)):
+            started = time.perf_counter()
             with ExitStack() as stack:
                 if weights is not None and index <= needed:
                     embedding = model.get_input_embeddings()
                     stack.enter_context(weights.on(embedding, _name_of(model, embedding), device))
                     stack.enter_context(weights.on(modules[index], blocks[index][0], device))
                 for r in range(len(rounds)):
-                    done, started = known[index][r], time.perf_counter()
+                    done = known[index][r]
                     if index <= needed:
                         capture = Lanes(members[index] if done is None else [], threads, device)
                         with hooked(model, capture):
@@ -93,17 +97,21 @@ def streamed(
                             capture.check_finite()
                         if done is None and members[index]:
                             done = capture.captured(r, processes)
+                            capture.accumulators.clear()  # a reader may stop here for long
                             if journal is not None:
                                 parts, missing = missing / _width(members[index]), 0
-                                size = int(done.bytes * parts)  # of all blocks, asked for before the second one is run
-                                keep = functools.partial(_kept, journal, _key(index, r), done, size, processes)
+                                need = int(done.bytes * parts)  # of all blocks, asked for before the second one is run
+                                room = functools.partial(_room, journal, need, processes)
+                                keep = functools.partial(_kept, journal, _key(index, r), done, processes)
                                 if keeping.kept is None:
-                                    kept = keeping.weigh(time.perf_counter() - started, keep, parts)
+                                    took = time.perf_counter() - started
+                                    kept = keeping.weigh(took, room, keep, parts, journal)
                                 else:
-                                    kept = keep() if keeping.kept else None
+                                    kept = (room(), keep())[1] if keeping.kept else None
                                 done = kept or replace(done, packed={})
                     if done is not None:
                         yield done
+                        del done
 
 
 class _March:
@@ -165,16 +173,18 @@ def _known(journal: Journal | None, blocks: int, rounds: int, processes: Process
     return [[part if yes else None for part, yes in zip(*row, strict=True)] for row in zip(found, there, strict=True)]
 
 
-def _kept(journal: Journal, key: str, part: Captured, size: int, processes: Processes) -> Captured | None:
-    """The part as the journal holds it, after asking for `size` bytes of its disk."""
-    processes.first_only(functools.partial(_put, journal, key, part, size))
-    return Captured.noted(journal, key, verify=processes.first)
+def _kept(journal: Journal, key: str, part: Captured, processes: Processes) -> Captured:
+    """The part as the journal holds it."""
+    processes.first_only(lambda: journal.put(key, part.packed, part.facts()))
+    kept = Captured.noted(journal, key, verify=processes.first)
+    if kept is None:
+        raise ResourceError("a part is not as it was written a moment ago", where=str(journal.path(key)))
+    return kept
 
 
-def _put(journal: Journal, key: str, part: Captured, size: int) -> None:
-    if size:
-        artifact.need_disk(journal.folder, size, "lower context.rounds")
-    journal.put(key, part.packed, part.facts())
+def _room(journal: Journal, need: int, processes: Processes) -> None:
+    otherwise = "lower context.rounds, or with one process and no drift meter set context.covariances: recollect"
+    processes.first_only(lambda: artifact.need_disk(journal.folder, need, otherwise) if need else None)
 
 
 def _width(layers: Sequence[LayerSpec]) -> int:

@@ -229,14 +229,15 @@ class _Work:
         facts = self.facts
         layer = max((found.bytes for found in self.rehearsed.values()), default=0)
         copies = self.device.threads if self.side_by_side and not facts.recollects else 1
-        spectra = sum(x.max_rank for x in facts.layers) * FP32
-        kept = (facts.factor_bytes + spectra) * 2  # once more while they are written
-        host = {"factors": kept, "covariances": facts.again_bytes}
-        return self._memory({"weights": self._resident("plan"), "work": layer * copies}, host)
+        kept = facts.factor_bytes + sum(x.max_rank for x in facts.layers) * FP32
+        host, work = {"factors": 2 * kept}, layer * copies  # once more while they are written
+        if facts.recollects:  # the model runs while layers wait
+            march, host["covariances"] = self._collect_memory(), facts.again_bytes
+            work, host = work + march["device"]["above_weights"], host | march["host"]
+        return self._memory({"weights": self._resident("plan"), "work": work}, host)
 
     def _layer_seconds(self, layer: LayerSpec) -> float:
-        facts, options = self.facts, self.recipe.adapter
-        shape = (layer.d_out, layer.d_in)
+        facts, options, shape = self.facts, self.recipe.adapter, (layer.d_out, layer.d_in)
         rank = facts.ranks[layer.name]
         rate = self.rehearsed[shape].rate if self.device.measured else self.device.solve
         seconds = decomposition_flops(*shape, rank, options.exponent) / rate
@@ -364,8 +365,7 @@ class _Work:
 
     def _disk(self) -> dict[str, int]:
         facts, factors = self.facts, self.facts.factor_bytes
-        spectra = sum(x.max_rank for x in facts.layers) * FP32
-        doubled = 2 if self.recipe.adapter.has_start else 1
+        spectra, doubled = sum(x.max_rank for x in facts.layers) * FP32, 1 + self.recipe.adapter.has_start
         parts = {
             "covariances": facts.kept_bytes,
             "plan": (factors + spectra) * 2 if self.plans else 0,  # and its journal until it is done

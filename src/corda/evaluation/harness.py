@@ -49,7 +49,7 @@ def harness_scores(
 
     Raises:
         DataError: there is no such task.
-        ResourceError: the package is not installed.
+        ResourceError: the package is not installed, or a task's data cannot be had.
     """
     require()
     import lm_eval
@@ -69,15 +69,23 @@ def harness_scores(
             fix="`lm_eval ls tasks` lists them; --harness-path names a folder with more",
         )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except ConnectionError as error:
+        raise ResourceError(
+            "the harness cannot download a task's data",
+            where=", ".join(tasks),
+            got=error,
+            fix="try again with a network, or name a folder of tasks with data of your own by --harness-path",
+        ) from None
     return flattened(found["results"], found.get("n-samples", {}))
 
 

@@ -145,16 +145,17 @@ class Kind(ABC):
             progress: Shows how far it is.
         """
 
-    def refuse_unless_text(self, what: str) -> None:
+    def refuse_unless_text(self, what: str, *, images: bool = True) -> None:
         """Refuse what is only there for models that continue text.
 
         Args:
             what: Named in the message, e.g. "corda chat".
+            images: A model of images and text will do.
 
         Raises:
             RecipeError: the recipe trains something else.
         """
-        if self.task not in {"causal-lm", "image-text-to-text"}:
+        if self.task not in {"causal-lm", "image-text-to-text"} or (self.task != "causal-lm" and not images):
             raise RecipeError(
                 f"{what} is there for models that continue text",
                 where="model.task",

@@ -133,8 +133,8 @@ def context_table(facts: Mapping[str, Any]) -> Table:
             str(len(one["layers"])),
             str(one["d_in"]),
             _span(one["tokens"], "{:,}"),
-            f"{sum(one['mean_diagonal']) / len(one['mean_diagonal']):.3g}",
-            _span(one["effective_rank"], "{:.1f}"),
+            f"{sum(one['mean_diagonal']) / len(one['mean_diagonal']):.3g}" if one["mean_diagonal"] else "not kept",
+            _span(one["effective_rank"], "{:.1f}") if one["effective_rank"] else "not kept",
         )
     return table
 
