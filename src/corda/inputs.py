@@ -257,7 +257,7 @@ class Inputs:
         return {
             "layers": len(targets),
             "trainable_parameters": sum(self.recipe.adapter.cost(t.d_out, t.d_in) * ranks[t.name] for t in targets),
-            "calibration_records": len(self.context_records),
+            "calibration_records_to_draw_from": len(self.context_records),
             "training_records": len(self.learn_records),
             "tasks": {task.name: len(task.records) for task in self.tasks},
             "output_dir": str(self.recipe.output_dir),

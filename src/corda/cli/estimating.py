@@ -50,8 +50,9 @@ def _show(found: dict[str, Any]) -> None:
     calibration = found["calibration"]
     if calibration:
         console.print(
-            f"Calibration: {calibration['tokens_per_round']:,} tokens x {calibration['sets']} set(s); "
-            f"{calibration['would_do']:,} would do" + ("" if calibration["enough"] else ": too few")
+            f"Calibration: {calibration['sets']} x {calibration['tokens_per_round']:,} tokens (rounds and sides); "
+            f"{calibration['would_do']:,} are enough for the widest input"
+            + ("" if calibration["enough"] else ", so these are too few")
         )
     console.print(f"Disk: {_gb(found['disk']['total'])} GB, {_gb(found['disk']['covariances'])} of it covariances")
     for stage, size in found["network"].items():
