@@ -83,7 +83,7 @@ def draft(
         keep: The knowledge to keep; without it the mode is ipm.
         learn_test: Held-out records of the task; default: a file beside it that is named like one.
         keep_test: The same for what is to be kept.
-        mode: One of adapter.mode; default: contrast with `keep`, else ipm.
+        mode: One of adapter.mode; default: contrast with `keep` (kpm with images), else ipm.
         output_dir: Where the run goes.
         overrides: `key=value` for anything, which win over what is suggested.
         launch: Command named in the first line.
@@ -95,10 +95,16 @@ def draft(
         "output_dir": str(output_dir),
         "model": {"model_name_or_path": model},
         "data": {"learn": learn} | ({"keep": keep} if keep else {}),
-        "adapter": {"mode": mode or ("contrast" if keep else "ipm")},
+        "adapter": {"mode": mode} if mode else {},
     }
     apply_overrides(raw, overrides)
+    free, keeps = "mode" not in raw["adapter"], "keep" in raw["data"]
+    if free:
+        raw["adapter"]["mode"] = "kpm" if keeps else "ipm"
     inputs = Inputs(parse_recipe(raw, "init-recipe"))
+    if free and keeps and inputs.kind.task == "causal-lm":
+        raw["adapter"]["mode"] = "contrast"
+        inputs = Inputs(parse_recipe(raw, "init-recipe"))
     facts, notes = _look(inputs)
     suggested = _suggest(inputs, facts, notes)
     tasks = _tasks(inputs, facts, notes, {"learn": learn_test, "keep": keep_test})
