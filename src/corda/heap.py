@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def give_back() -> bool:
-    """Let the C library return whole free pages; True if it could (glibc), at some 5 ms a call.
+    """Let the C library return whole free pages; True if it could, as glibc can.
 
     Factors that are kept lie between workspaces that were freed, and glibc keeps the holes, more of them with every
     layer.

@@ -32,6 +32,21 @@ def planned(raw, folder, covariances, **changes):
     return artifact.read(folder / "context", "context"), plans.load(artifact.read(folder / "plan", "plan"))
 
 
+def interrupted(raw, folder, covariances, monkeypatch):
+    """The same, cut off behind the first block."""
+    original = stream._March.through
+
+    def through(self, index, round_, capture):
+        if index == 1:
+            raise KeyboardInterrupt
+        original(self, index, round_, capture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._March, "through", through)
+        with pytest.raises(KeyboardInterrupt):
+            planned(raw, folder, covariances)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("mode", "changes"),
@@ -137,17 +152,7 @@ def test_the_cheaper_one_is_chosen_and_said(raw_recipe, tmp_path, corda, write_r
 @pytest.mark.parametrize("slow", [True, False])
 def test_an_interrupted_collection_keeps_to_its_choice(raw_recipe, tmp_path, monkeypatch, slow):
     monkeypatch.setattr(keeping, "WORTH", -1e9 if slow else 1e9)
-    original = stream._March.through
-
-    def through(self, index, round_, capture):
-        if index == 1:
-            raise KeyboardInterrupt
-        original(self, index, round_, capture)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream._March, "through", through)
-        with pytest.raises(KeyboardInterrupt):
-            planned(raw_recipe, tmp_path / "run", "auto")
+    interrupted(raw_recipe, tmp_path / "run", "auto", monkeypatch)
     monkeypatch.setattr(keeping, "WORTH", 1e9 if slow else -1e9)
     found, plan = planned(raw_recipe, tmp_path / "run", "auto")
     assert bool(found.manifest["files"]) is not slow
@@ -158,17 +163,7 @@ def test_an_interrupted_collection_keeps_to_its_choice(raw_recipe, tmp_path, mon
 
 
 def test_a_collection_that_was_kept_in_part_and_is_not_any_more(raw_recipe, tmp_path, monkeypatch):
-    original = stream._March.through
-
-    def through(self, index, round_, capture):
-        if index == 1:
-            raise KeyboardInterrupt
-        original(self, index, round_, capture)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stream._March, "through", through)
-        with pytest.raises(KeyboardInterrupt):
-            planned(raw_recipe, tmp_path / "run", "disk")
+    interrupted(raw_recipe, tmp_path / "run", "disk", monkeypatch)
     asked = []
     need = artifact.need_disk
     monkeypatch.setattr(artifact, "need_disk", lambda f, size, *a: (asked.append((f.name, size)), need(f, size, *a))[1])
