@@ -45,10 +45,13 @@ TASKS = {
 }
 CALIBRATED, UNSEEN, OF_TASK, TRAINED_ON = 384, 64, 64, 400
 MEASURED = {"task": 24, "nq_open": 120, "triviaqa": 80}
+KEPT = ("nq_open", "nq_open_shots", "triviaqa", "wikitext2")
+SHOTS, SHOWN = 2, 80  # solved examples before questions of NQ-open that measure knowledge apart from the answer's form
 WINDOWS, WINDOW = 4, 256  # of WikiText-2
 FROZEN = {"mode": "contrast"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora"},
+    "lora, weight decay 5": {"mode": "lora"},
     "kpm": {"mode": "kpm"},
     "contrast": FROZEN,
     "contrast, mu 0.1": FROZEN | {"mu": 0.1},
@@ -62,9 +65,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"mode": "dual", "exponent": 0.5},
     "combination of outputs": {"mode": "dual", "exponent": 0.5, "directions": "combination"},
 }
+WEIGHT_DECAY = {"lora, weight decay 5": 5.0}
 # By what each tells: the middle rates, whose task losses overlap, then the ends of the grids, then the controls.
 MIDDLE = (("lora", 3e-3), ("contrast", 3e-3), ("kpm", 1e-3), ("lora", 1e-3), ("contrast", 1e-2), ("kpm", 3e-3))
 ENDS = (("lora", 6e-3), ("lora", 3e-4), ("contrast", 1e-3), ("kpm", 3e-4))
+BEST = (("lora", 3e-3), ("contrast", 1e-3), ("kpm", 1e-3))  # of GSM8K, seed 0
 CONTROLS = ("A of the task", "contrast, unit median", "random A", "A of the null space", "A of the combination")
 
 
@@ -87,15 +92,20 @@ def cells() -> Iterator[Cell]:
     """Every run, the most telling first."""
     for method, rate in (*MIDDLE, *ENDS):
         yield Cell(method, rate)
-    for method in CONTROLS[:2]:
+    yield Cell(CONTROLS[0], 3e-3)
+    for method, rate in BEST:
+        yield Cell(method, rate, 1)
+    for method, rate in (*BEST, ("lora", 1e-3), ("contrast", 3e-3), ("lora, weight decay 5", 6e-3)):
+        yield Cell(method, rate, task="code")
+    yield Cell("lora, weight decay 5", 6e-3)
+    for seed, task in ((2, "gsm8k"), (1, "code")):
+        for method, rate in BEST:
+            yield Cell(method, rate, seed, task)
+    for method in CONTROLS[1:]:
         yield Cell(method, 3e-3)
     for seed in (1, 2):
-        for method, rate in (*MIDDLE, ("contrast", 1e-3)):
+        for method, rate in MIDDLE:
             yield Cell(method, rate, seed)
-    for method in CONTROLS[2:]:
-        yield Cell(method, 3e-3)
-    for method, rate in MIDDLE:
-        yield Cell(method, rate, task="code")
     for method in ("contrast, mu 0.1", "contrast, A trained", "contrast, orthonormal A"):
         yield Cell(method, 3e-3)
     yield Cell("dual", 1e-3)
@@ -116,10 +126,12 @@ class Study:
         """The first `count` records of a seeded order that are not too long, with the end mark for training."""
         return list(itertools.islice(self._rows(file, seed, longest), count))
 
-    def _rows(self, file: str, seed: int, longest: int, *, end: bool = True) -> Iterator[Encoded]:
+    def _rows(self, file: str, seed: int, longest: int, *, end: bool = True, shots: int = 0) -> Iterator[Encoded]:
         records = load_records(DataSource(dataset=file), self.data_dir, 0)
-        for index in drawing_order(records, seed):
-            one = encode(records[index], self.tokenizer, end=end)
+        order = drawing_order(records, seed)
+        solved = [records[index] for index in itertools.islice(order, shots)]
+        for index in order:
+            one = encode(records[index], self.tokenizer, shots=solved, end=end)
             if any(one.response) and len(one) <= longest:
                 yield one
 
@@ -127,6 +139,8 @@ class Study:
         """Held-out records by what they measure, the same for every cell."""
         files = {"task": TASKS[task][1], "nq_open": "nq_open/dev.jsonl", "triviaqa": "triviaqa/validation.jsonl"}
         found = {k: list(itertools.islice(self._rows(f, 0, LONGEST, end=False), MEASURED[k])) for k, f in files.items()}
+        shown = self._rows(files["nq_open"], 0, LONGEST, end=False, shots=SHOTS)
+        found["nq_open_shots"] = list(itertools.islice(shown, SHOWN))
         records = load_records(DataSource(dataset="wikitext2/test.jsonl"), self.data_dir, 0)
         ids = encode_segments([Segment("".join(r.response for r in records[:20]), True)], self.tokenizer).ids
         windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
@@ -176,6 +190,7 @@ class Study:
                 "per_device_train_batch_size": BATCH,
                 "warmup_steps": 2,
                 "drift_steps": STEPS // 4,
+                "weight_decay": WEIGHT_DECAY.get(cell.method, 0.0),
             }
         )
         rows = self.rows(TASKS[cell.task][0], TRAINED_ON, cell.seed)
@@ -217,8 +232,12 @@ class Study:
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlations of the meter with the rise in loss, over all runs and within one learning rate."""
     found: dict[str, Any] = {}
-    for kind, kept in itertools.product(("total", "rms", "held_out"), ("nq_open", "triviaqa", "wikitext2")):
-        pairs = [(run["drift"][kind], run["change"][kept]["value"], run["learning_rate"]) for run in runs]
+    for kind, kept in itertools.product(("total", "rms", "held_out"), KEPT):
+        pairs = [
+            (run["drift"][kind], run["change"][kept]["value"], run["learning_rate"])
+            for run in runs
+            if kept in run["change"]
+        ]
         entry: dict[str, Any] = {"n": len(pairs), "all_runs": _spearman([p[:2] for p in pairs])}
         rates = [rate for rate in dict.fromkeys(p[2] for p in pairs) if sum(p[2] == rate for p in pairs) >= 4]
         within = {f"{rate:g}": _spearman([p[:2] for p in pairs if p[2] == rate]) for rate in rates}
@@ -297,7 +316,9 @@ def write(folder: Path) -> None:
         "batch": BATCH,
         "longest_record_tokens": LONGEST,
         "calibration_records": {"nq_open": CALIBRATED, "held_out": UNSEEN, "task": OF_TASK},
-        "measured_records": MEASURED | {"wikitext2_windows": WINDOWS},
+        "measured_records": MEASURED | {"nq_open_shots": SHOWN, "wikitext2_windows": WINDOWS},
+        "solved_examples_of_nq_open_shots": SHOTS,
+        "weight_decay": WEIGHT_DECAY,
     }
     note = models.resolve(BASE).note
     head: dict[str, Any] = {

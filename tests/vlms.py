@@ -27,7 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, write_jsonl
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% for p in m['content'] %}"
@@ -184,3 +184,28 @@ def save(layout: str, folder: Path) -> Any:
     if layout != "qwen":
         processor.save_pretrained(folder)
     return processor
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """A recipe of KPM, as YAML gives it, on a tiny model and data that are written into the folder."""
+    save("llava", folder / "model")
+    found = records(folder / "data", 16)
+    for name, part in {"learn": found[:6], "keep": found[6:12], "test": found[12:]}.items():
+        write_jsonl(folder / "data" / f"{name}.jsonl", part)
+    return {
+        "output_dir": str(folder / "run"),
+        "model": {"model_name_or_path": str(folder / "model"), "device": "cpu"},
+        "data": {"data_dir": str(folder / "data"), "learn": "learn.jsonl", "keep": "keep.jsonl"},
+        "adapter": {"mode": "kpm", "rank": 4},
+        "training": {"max_steps": 2, "learning_rate": 0.002, "per_device_train_batch_size": 6, "warmup_steps": 0},
+        "evaluation": {
+            "tasks": {
+                "colours": {
+                    "dataset": "test.jsonl",
+                    "measures": "learn",
+                    "metrics": ["answer_loss", "exact_match"],
+                    "max_new_tokens": 3,
+                }
+            }
+        },
+    }

@@ -17,6 +17,7 @@ from corda.errors import ArtifactError, ModelError, RecipeError, ResourceError
 from corda.inputs import Inputs, refuse_several
 from corda.plan import plan as plans
 from corda.reading import parse_recipe
+from tests.vlms import recipe
 
 PLUS = {"rounds": 3, "selection": "dynamic", "samples": 4}
 
@@ -36,10 +37,10 @@ def interrupted(raw, folder, covariances, monkeypatch):
     """The same, cut off behind the first block."""
     original = stream._March.through
 
-    def through(self, index, round_, capture):
+    def through(self, index, round_, layers):
         if index == 1:
             raise KeyboardInterrupt
-        original(self, index, round_, capture)
+        return original(self, index, round_, layers)
 
     with monkeypatch.context() as patch:
         patch.setattr(stream._March, "through", through)
@@ -75,13 +76,40 @@ def test_a_plan_is_the_same_bytes_either_way(raw_recipe, tmp_path, mode, changes
         assert float(A.abs().max()) > 0
 
 
+def test_images_are_collected_again_as_they_were(tmp_path):
+    raw = recipe(tmp_path) | {"context": {"rounds": 2, "samples": 3, "selection": "dynamic", "held_out": 0}}
+    kept, one = planned(raw, tmp_path / "kept", "disk")
+    dropped, two = planned(raw, tmp_path / "dropped", "recollect")
+    assert kept.manifest["files"]
+    assert not dropped.manifest["files"]
+    assert one.layers == two.layers
+    assert all(torch.equal(A, two.factors[name][0]) for name, (A, _) in one.factors.items())
+
+
+@pytest.mark.parametrize(("mode", "correction"), [("ipm", "fit"), ("kpm", "frozen")])
+def test_a_4bit_base_is_corrected_from_covariances_collected_again(raw_recipe, tmp_path, mode, correction):
+    pytest.importorskip("bitsandbytes")
+    raw_recipe["model"]["load_in_4bit"] = True
+    adapter = {"mode": mode, "correction": correction, "correction_rounds": 2}
+    _, one = planned(raw_recipe, tmp_path / "kept", "disk", adapter=adapter)
+    dropped, two = planned(raw_recipe, tmp_path / "dropped", "recollect", adapter=adapter)
+    assert not dropped.manifest["files"]
+    assert one.layers == two.layers
+    for name, (A, B) in one.factors.items():
+        assert torch.equal(A, two.factors[name][0])
+        assert torch.equal(B, two.factors[name][1])
+    assert one.as_json()["quantisation"] == two.as_json()["quantisation"]
+    assert bool(one.corrections) == (correction == "frozen")
+    assert all(torch.equal(A, two.corrections[name][0]) for name, (A, _) in one.corrections.items())
+
+
 def test_each_pass_of_the_plan_goes_through_the_blocks_once(raw_recipe, tmp_path, monkeypatch):
     ran: list[int] = []
     original = stream._March.through
 
-    def through(self, index, round_, capture):
+    def through(self, index, round_, layers):
         ran.append(index)
-        original(self, index, round_, capture)
+        return original(self, index, round_, layers)
 
     monkeypatch.setattr(stream._March, "through", through)
     changes = {"context": PLUS, "adapter": {"allocation": "dynamic"}}

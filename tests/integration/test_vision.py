@@ -16,33 +16,12 @@ from corda.errors import DataError, ModelError, RecipeError
 from corda.inputs import Inputs
 from corda.options import ModelOptions
 from corda.reading import parse_recipe
-from tests.conftest import write_jsonl
-from tests.vlms import records, save
+from tests.vlms import recipe, save
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> dict[str, Any]:
-    save("llava", tmp_path / "model")
-    found = records(tmp_path / "data", 16)
-    for name, part in {"learn": found[:6], "keep": found[6:12], "test": found[12:]}.items():
-        write_jsonl(tmp_path / "data" / f"{name}.jsonl", part)
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"model_name_or_path": str(tmp_path / "model"), "device": "cpu"},
-        "data": {"data_dir": str(tmp_path / "data"), "learn": "learn.jsonl", "keep": "keep.jsonl"},
-        "adapter": {"mode": "kpm", "rank": 4},
-        "training": {"max_steps": 2, "learning_rate": 0.002, "per_device_train_batch_size": 6, "warmup_steps": 0},
-        "evaluation": {
-            "tasks": {
-                "colours": {
-                    "dataset": "test.jsonl",
-                    "measures": "learn",
-                    "metrics": ["answer_loss", "exact_match"],
-                    "max_new_tokens": 3,
-                }
-            }
-        },
-    }
+    return recipe(tmp_path)
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])

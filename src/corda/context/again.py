@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corda.context.capture import Captured
-from corda.context.feeding import feeder
 from corda.context.rounds import share
 from corda.context.route import find_route
 from corda.context.routing import rows_a_pass
@@ -19,7 +18,6 @@ from corda.data.batches import Encoded
 from corda.distributed import ALONE
 from corda.errors import ArtifactError
 from corda.offload import LazyWeights
-from corda.progress import silent
 from corda.sharding import device_of
 from corda.targets import LayerSpec
 
@@ -111,16 +109,4 @@ def march(
     rounds = [share(part, ALONE, pad_token_id, batch_size, response_only=response_only, even=False) for part in encoded]
     images = any(batch.visual for parts in rounds for batch in parts)
     route = find_route(model, layers, rounds, images, ALONE, device)
-    assert route.blocks is not None
-    return streamed(
-        model,
-        route.body,
-        route.blocks,
-        route.rounds,
-        layers,
-        inputs_of=feeder(model),
-        journal=None,
-        weights=weights,
-        device=device,
-        progress=silent,
-    )
+    return streamed(model, route, layers, weights=weights, device=device)

@@ -165,54 +165,78 @@ def collect_encoded(
     ]
     if response_only:
         refuse_response_only(model, layers)
+    device = device or device_of(model)
+    route = _route(model, layers, rounds, processes, device, stream=stream)
+    if route.blocks is None:
+        _keeps(keeping, route.why or "the model is not run block by block")
+        if weights is not None:
+            raise ModelError(
+                "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
+                where="context.offload",
+                fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
+            )
+        found = _in_whole(model, rounds, layers, journal, progress, processes)
+    else:
+        with gathered_around(model, [block for _, block in route.blocks]):
+            parts = streamed(
+                model,
+                route,
+                layers,
+                journal=journal,
+                progress=progress,
+                weights=weights,
+                device=device,
+                processes=processes,
+                keeping=keeping,
+            )
+            found = list(parts)
+    notes = [f"collected whole, not in blocks: {route.why}"] if route.why else []
+    return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
+
+
+def _route(
+    model: PreTrainedModel,
+    layers: Sequence[LayerSpec],
+    rounds: list[list[Batch]],
+    processes: Processes,
+    device: torch.device,
+    *,
+    stream: bool,
+) -> Route:
+    """How the batches go through the model; FSDP, which sets itself up in a first pass, is given one."""
+    sharded = is_sharded(model)
     images = any(processes.hear(any(batch.visual for parts in rounds for batch in parts)))
     if images and sharded:
         raise ModelError(
             "a sharded model of images and text cannot be collected on",
             fix="load it whole in every process, or spread it with model.device_map",
         )
-    device = device or device_of(model)
     route = (
         find_route(model, layers, rounds, images, processes, device)
         if stream
         else Route(None, rounds, body_of(model, layers))
     )
     if sharded:
-        with hooked(model, Capture([])):  # FSDP sets itself up in the first pass through the whole model
+        with hooked(model, Capture([])):
             model(**feeder(model)(rounds[0][-1].to(device_of(model))))
-    if route.blocks is None:
-        _keeps(keeping, route.why or "the model is not run block by block")
-    if route.blocks is None and weights is not None:
-        raise ModelError(
-            "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
-            where="context.offload",
-            fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
-        )
-    if route.blocks is not None:
-        with gathered_around(model, [block for _, block in route.blocks]):
-            parts = streamed(
-                model,
-                route.body,
-                route.blocks,
-                route.rounds,
-                layers,
-                inputs_of=feeder(model),
-                journal=journal,
-                weights=weights,
-                device=device,
-                progress=progress,
-                processes=processes,
-                keeping=keeping,
-            )
-            found = list(parts)
-    else:
-        run, found = model if sharded else body_of(model, layers), []
-        for r, part in enumerate(rounds):
-            found.append(_whole(model, run, progress(part, "collect", len(part)), layers, r, processes))
-            if journal is not None and r == 0:
-                artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
-    notes = [f"collected whole, not in blocks: {route.why}"] if route.why else []
-    return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
+    return route
+
+
+def _in_whole(
+    model: PreTrainedModel,
+    rounds: Sequence[Sequence[Batch]],
+    layers: Sequence[LayerSpec],
+    journal: Journal | None,
+    progress: Progress,
+    processes: Processes,
+) -> list[Captured]:
+    """Every round through the whole body; after the first one, disk for all is asked for."""
+    run, found = model if is_sharded(model) else body_of(model, layers), []
+    for r, part in enumerate(rounds):
+        found.append(_whole(model, run, progress(part, "collect", len(part)), layers, r, processes))
+        if journal is not None and r == 0:
+            artifact.need_disk(journal.folder, found[0].bytes * len(rounds), "lower context.rounds")
+    return found
 
 
 def _keeps(keeping: Keeping | None, why: str) -> None:
