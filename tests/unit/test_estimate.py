@@ -98,7 +98,10 @@ def test_settings_show(raw_recipe):
     assert total(context__stream=False)["covariances"] == 2 * plain["covariances"]
     assert total(where="host", context__rounds=2, context__samples=4)["hidden_states"] > 0
     assert total(processes=4, shard=True)["weights"] < plain["weights"]
-    kept, again = (estimate(recipe(raw_recipe, context__covariances=c), "h100") for c in ("disk", "recollect"))
+    kept, again = (
+        estimate(recipe(raw_recipe, context__covariances=c, training__drift_meter=False), "h100")
+        for c in ("disk", "recollect")
+    )
     assert again["disk"]["covariances"] == 0 < kept["disk"]["covariances"]
     assert again["seconds"]["plan"]["collect_again"] > kept["seconds"]["plan"]["collect_again"] == 0
     assert again["memory"]["plan"]["host"]["covariances"] == kept["disk"]["covariances"] / 2  # one block of two
@@ -109,6 +112,15 @@ def test_settings_show(raw_recipe):
     assert 3.4 < one["seconds"]["plan"]["decompose"] / four["seconds"]["plan"]["decompose"] <= 4.0
     assert one["network"] == {}
     assert four["network"]["collect"] == pytest.approx(1.5 * four["disk"]["covariances"], rel=0.01)
+
+
+def test_what_a_run_would_refuse_is_not_estimated(raw_recipe):
+    recollecting = recipe(raw_recipe, context__covariances="recollect", training__drift_meter=False)
+    assert estimate(recollecting, "h100")["seconds"]
+    with pytest.raises(RecipeError, match="several processes plan from"):
+        estimate(recollecting, "h100", processes=2)
+    with pytest.raises(RecipeError, match=r"training\.drift_meter: false"):
+        estimate(recipe(raw_recipe, context__covariances="recollect", training__drift_meter=True), "h100")
 
 
 def test_modes(raw_recipe):

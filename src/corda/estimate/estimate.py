@@ -1,7 +1,7 @@
 """Memory, disk, network and time of a recipe's stages, from its config and a short calibration of the machine.
 
-Everything that can be run without values is run: forward and training steps on fake tensors, decompositions on small
-random layers of the same proportions. The rest is counted. Bytes are bytes, times are seconds.
+Everything that can be run without values is run: steps on fake tensors, decompositions on small random layers of the
+same proportions. The rest is counted. Bytes are bytes, times are seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def estimate(recipe: Recipe, profile: str = "auto", *, processes: int = 1, shard
 
     Raises:
         CordaError: the recipe does not fit the model.
-        RecipeError: there is no profile of that name.
+        RecipeError: there is no profile of that name, or a run would refuse so many processes.
     """
     return estimates(recipe, profile, [Setting(processes, shard)])[0]
 
@@ -74,10 +74,10 @@ def estimates(recipe: Recipe, profile: str, settings: Sequence[Setting]) -> list
         CordaError: see `estimate`.
     """
     if profile != "auto" and profile not in machine.PROFILES:
-        raise RecipeError(
-            "there is no such device profile", got=profile, expected=", ".join(["auto", *machine.PROFILES])
-        )
-    facts = Facts(Inputs(recipe), machine.PROFILES[profile].kind if profile != "auto" else "cpu")
+        known = ", ".join(["auto", *machine.PROFILES])
+        raise RecipeError("there is no such device profile", got=profile, expected=known)
+    kind = "cpu" if profile == "auto" else machine.PROFILES[profile].kind
+    facts = Facts(Inputs(recipe), kind, max(setting.processes for setting in settings))
     shapes = [(layer.d_out, layer.d_in) for layer in facts.layers]
     widest = max(layer.d_in for layer in facts.layers)
     device = machine.PROFILES.get(profile) or machine.measure(shapes, widest, recipe.output_dir)

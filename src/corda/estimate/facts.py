@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from corda import architectures, models
 from corda.context.blocks import find_blocks
+from corda.context.keeping import refuse_recollecting
 from corda.errors import DataError, ModelError, ResourceError
 from corda.estimate.counting import packed
 from corda.estimate.rehearse import shared_inputs
-from corda.inputs import Inputs
+from corda.inputs import Inputs, refuse_several
 from corda.plan.byhand import by_hand
 from corda.plan.make import uniform_rank
 from corda.targets import LayerSpec
@@ -52,12 +53,20 @@ class Tokens:
 class Facts:
     """Model and data of a recipe, without a weight.
 
+    Args:
+        inputs: Of the recipe.
+        kind: Of device.
+        processes: Most that any setting has.
+
     Raises:
-        RecipeError: the recipe trains something else than a model that continues text.
+        RecipeError: the recipe trains something else than a model that continues text, or a run would refuse it.
     """
 
-    def __init__(self, inputs: Inputs, kind: str) -> None:
+    def __init__(self, inputs: Inputs, kind: str, processes: int = 1) -> None:
         inputs.kind.refuse_unless_text("corda estimate")
+        refuse_recollecting(inputs.recipe)
+        if processes > 1:
+            refuse_several(inputs.recipe, processes)
         self.inputs, self.recipe, self.kind = inputs, inputs.recipe, kind
         self.notes: list[str] = []
 
