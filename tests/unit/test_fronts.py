@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from corda.comparing.choosing import choose, further, smoothed, steps_to_reach
+from corda.comparing.choosing import choose, further, shares_by_rate, smoothed, steps_to_reach
 from corda.comparing.fronts import Point, at, compared, front, mean_over, overlap, points, quantile, retained
 
 PERPLEXITIES = (("before", 10.0), ("after", 20.0))
@@ -187,3 +187,18 @@ def test_steps_to_reach_the_final_loss_of_another_run():
     assert found == {"steps": 12, "of": 40, "share": 0.3, "loss": pytest.approx(2.075)}
     assert steps_to_reach(slow, fast)["steps"] is None
     assert smoothed([2.0, 4.0, 6.0], 2) == [2.0, 3.0, 5.0]
+
+
+def test_steps_at_one_rate_for_both():
+    steps = list(range(1, 41))
+
+    def run(rate, seed, slope):
+        return {"learning_rate": rate, "seed": seed, "curve": {"step": steps, "loss": [4.0 - slope * s for s in steps]}}
+
+    references = [run(1e-3, 0, 0.025), run(1e-3, 1, 0.05), run(1e-2, 0, 0.1)]
+    found = shares_by_rate([run(1e-3, 1, 0.1), run(1e-3, 0, 0.1), run(1e-2, 0, 0.05), run(0.1, 0, 1.0)], references)
+    # smoothed over 4, a line that is k times as steep is where the other one ends after 1.5 + 38.5 / k steps
+    assert found == {
+        "0.001": {"share": pytest.approx((12 + 21) / 2 / 40), "seeds": 2},
+        "0.01": {"share": None, "seeds": 1},
+    }

@@ -95,3 +95,26 @@ def steps_to_reach(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict
         if loss <= target:
             return {"steps": step, "of": total, "share": step / total, "loss": target}
     return {"steps": None, "of": total, "share": None, "loss": target}
+
+
+def shares_by_rate(runs: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`steps_to_reach` at one learning rate for both, as papers compare, for every rate that both were run at.
+
+    Args:
+        runs: Finished runs of a method.
+        references: Those of the reference.
+
+    Returns:
+        Rate -> the mean share over seeds that both have (None where one of them does not reach it), and their number.
+    """
+    known = {(one["learning_rate"], one["seed"]): one for one in references}
+    shares: dict[float, list[float | None]] = {}
+    for run in runs:
+        other = known.get((run["learning_rate"], run["seed"]))
+        if other is not None:
+            shares.setdefault(run["learning_rate"], []).append(steps_to_reach(run, other)["share"])
+    found = {}
+    for rate, own in sorted(shares.items()):
+        reached = [share for share in own if share is not None]
+        found[f"{rate:g}"] = {"share": sum(reached) / len(own) if len(reached) == len(own) else None, "seeds": len(own)}
+    return found

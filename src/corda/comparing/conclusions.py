@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corda.comparing.choosing import Choice, choose, steps_to_reach
+from corda.comparing.choosing import Choice, choose, shares_by_rate, steps_to_reach
 from corda.comparing.fronts import Point, compared, front, points, retained
 from corda.comparing.metered import foretold
 from corda.comparing.study import Study
@@ -26,7 +26,8 @@ def conclusions(study: Study, runs: Runs) -> dict[str, Any]:
         fronts: keep metric -> method -> points of the front over all seeds;
         differences: keep metric -> method -> against the reference, see `fronts.compared`;
         also: further method of the study -> the same against it;
-        steps: method -> steps to reach the final training loss of `against`, seed by seed, and their mean share;
+        steps: method -> steps to reach the final training loss of `against`, each at its best rate, seed by seed, their
+            mean share, and the shares with both at one rate;
         drift: keep metric -> how well the drift meter orders the runs by what they forgot, see `metered.foretold`.
     """
     by_method: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -108,13 +109,21 @@ def _steps(study: Study, by_method: Mapping[str, Runs], chosen: Mapping[str, Cho
         if seeds:
             shares = [one["share"] for one in seeds.values()]
             mean = None if None in shares else sum(shares) / len(shares)
-            found[name] = {"against": against, "seeds": seeds, "share": mean}
+            by_rate = shares_by_rate(
+                _chosen(by_method[name], chosen[name]), _chosen(by_method[against], chosen[against])
+            )
+            found[name] = {"against": against, "seeds": seeds, "share": mean, "by_rate": by_rate}
     return found
+
+
+def _chosen(runs: Runs, choice: Choice | None) -> Runs:
+    """Finished runs of a method's chosen variant, at every rate."""
+    return [r for r in runs if choice and r["variant"] == dict(choice.variant) and r["status"] == "done"]
 
 
 def _at_best(runs: Runs, choice: Choice | None) -> dict[int, Mapping[str, Any]]:
     """Seed -> the run at a method's chosen setting."""
-    return {r["seed"]: r for r in runs if choice is not None and _is(r, choice) and r["status"] == "done"}
+    return {r["seed"]: r for r in _chosen(runs, choice) if choice and _is(r, choice)}
 
 
 def _is(run: Mapping[str, Any], choice: Choice) -> bool:

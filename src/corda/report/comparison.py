@@ -58,6 +58,7 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
             "Convergence",
             figure("convergence", convergence(comparison), "At each method's best rate; running mean, over seeds"),
             _steps(comparison),
+            _steps_at_one_rate(comparison),
         ),
         metered_section(comparison),
         section("Time and memory", figure("costs", costs(comparison), "Mean over seeds"), _memory(comparison)),
@@ -136,6 +137,18 @@ def _steps(comparison: Mapping[str, Any]) -> str:
         text = ", ".join(f"{s['steps'] if s['steps'] is not None else 'not'} of {s['of']}" for s in seeds)
         rows.append(row(labels[name], [cell(escape(labels[found["against"]])), cell(text)]))
     return table(["method", "against", "steps to reach its final training loss, seed by seed"], rows)
+
+
+def _steps_at_one_rate(comparison: Mapping[str, Any]) -> str:
+    labels, found = comparison["labels"], comparison["conclusions"]["steps"]
+    rates = sorted({float(rate) for one in found.values() for rate in one["by_rate"]})
+    rows = []
+    for name, one in found.items():
+        if name != one["against"]:
+            shares = [one["by_rate"].get(f"{rate:g}") for rate in rates]
+            texts = ["" if s is None else "not" if s["share"] is None else f"{s['share']:.2f}" for s in shares]
+            rows.append(row(labels[name], [cell(escape(labels[one["against"]])), *map(cell, texts)]))
+    return table(["both at the rate", "share of the steps of", *[f"{rate:g}" for rate in rates]], rows)
 
 
 def _memory(comparison: Mapping[str, Any]) -> str:
