@@ -28,7 +28,8 @@ _COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/f
 _HELD_OUT = ("test", "validation", "valid", "dev", "heldout", "eval")
 _SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
 _BILLION = 10**9
-_FROZEN_A = 5  # times the learning rate where B alone is trained, from zero: as in recipes/smollm2-gsm8k-*.yaml
+# Small and large models: an adapter that starts in the weights' directions, and one that starts at zero.
+_RATES = {True: (2e-4, 2e-5), False: (1e-3, 3e-4)}
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,10 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
     accumulate = max(1, total // rows)
     steps = math.ceil(data["learn"]["records"] / (rows * accumulate))
     notes["training.num_train_epochs"] = f"one is {steps:,} optimiser steps of {rows * accumulate} records"
-    rate = 2e-5 if large else 2e-4
-    notes["training.learning_rate"] = "a start, to be tried up and down; CorDA learns faster than LoRA at the same rate"
-    if recipe.adapter.freezes_a:
-        rate *= _FROZEN_A
-        notes["training.learning_rate"] = "a start, to be tried up and down; with A frozen B takes a higher rate"
+    started = recipe.adapter.has_start
+    rate = _RATES[started][large]
+    why = "CorDA learns faster than LoRA at the same rate" if started else "what starts at zero takes a higher rate"
+    notes["training.learning_rate"] = f"a start, to be tried up and down; {why}"
     notes["training.save_steps"] = "an interrupted training continues from there"
     training: dict[str, Any] = {
         "learning_rate": rate,

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from corda.comparing.compare import labels
-from corda.comparing.fairness import check, refuse_calibrated, refuse_narrow, refuse_tasks, refuse_unshared
+from corda.comparing.fairness import _set, check, refuse_calibrated, refuse_narrow, refuse_tasks, refuse_unshared
 from corda.comparing.methods import METHODS
 from corda.comparing.null_space import null_factors
 from corda.comparing.smoke import smoke_study
@@ -149,6 +149,22 @@ UNFAIR = {
         "facts",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("nq_open/train.jsonl", "nq_open/dev.jsonl", True),
+        ("keep.jsonl", "keep_test.jsonl", True),
+        ("data/keep.jsonl", "data/keep-held_out.parquet", True),
+        ("data/keep.jsonl", "data/other.jsonl", False),
+        ("data/latest.jsonl", "data/la.jsonl", False),
+        ("people/calibration.jsonl", "towns/heldout.jsonl", False),
+        ("openai/gsm8k", "google-research-datasets/nq_open", False),
+    ],
+)
+def test_files_of_one_set_are_known_by_folder_and_name(one, other, same):
+    assert (_set(one) == _set(other)) is same
 
 
 @pytest.mark.parametrize("case", UNFAIR)

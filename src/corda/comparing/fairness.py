@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from corda.inputs import Inputs
 from corda.recipe import Recipe
 
 SPAN = 30.0
+_SPLIT = re.compile(r"(?:^|[-_.])(?:train|test|dev|eval|valid|validation|held_?out|calibration)(?=$|[-_.])")
 # Settings that a method may have of its own; everything else is shared by all.
 OWN = (
     "adapter.",
@@ -197,7 +199,7 @@ def refuse_unequal(name: str, count: int, reference: int, tolerance: float) -> N
             where=f"methods.{name}",
             got=f"{count:,}",
             expected=f"{reference:,} within {tolerance:.0%}",
-            fix="correct its settings",
+            fix=f"correct its settings; where A is frozen, give the base adapter.budget: {reference}, not adapter.rank",
         )
 
 
@@ -220,6 +222,8 @@ def shared_settings(study: Study) -> dict[str, Any]:
 
 
 def _set(dataset: str) -> str:
-    """The set that a file or Hub id belongs to: the file's folder, the id itself."""
+    """The set that a file or Hub id belongs to: the file's folder and name without what says which split it is."""
     path = Path(dataset)
-    return path.parent.as_posix() if path.suffix and path.parent != Path() else path.stem
+    if not path.suffix:
+        return path.as_posix()
+    return (path.parent / (_SPLIT.sub("", path.stem) or ".")).as_posix()
