@@ -75,9 +75,11 @@ class _FrozenA:
     def disable_adapter(self) -> Iterator[None]:
         """As PeftModel.disable_adapter."""
         above: Any = super()
-        with above.disable_adapter():
-            yield
-        freeze_a(self)
+        try:
+            with above.disable_adapter():
+                yield
+        finally:
+            freeze_a(self)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PeftModel.set_adapter."""

@@ -7,12 +7,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from corda import artifact
+from corda import artifact, models
 from corda.cli.app import app
-from corda.comparing.cell import result_path, run_cell
+from corda.comparing.cell import recipe_inputs, result_path, run_cell
 from corda.comparing.compare import compare, gathered
+from corda.comparing.fairness import check
+from corda.comparing.peft_made import build
 from corda.comparing.smoke import smoke_study
 from corda.comparing.study import Cell, cells, parse_study
+from corda.errors import RecipeError
 
 EVERY = ["full", "lora_frozen_a", "dora", "pissa", "milora", "eva", "lora_ga", "lora_null", "peft_corda_kpm"]
 EVERY += ["peft_corda_ipm", "kpm_plus", "ipm_plus", "kpm_sigma", "contrast", "dual", "qlora", "ipm_4bit"]
@@ -143,6 +146,28 @@ def test_what_cannot_be_had_is_listed_with_its_reason(tmp_path, monkeypatch):
     result = run_cell(study, Cell("pissa", 0.001, 0), device="cpu")
     assert result["status"] == "unavailable"
     assert "needs a GPU" in result["reason"]
+    monkeypatch.undo()
+    runs = {(run["method"], run["status"]) for run in compare(study)["runs"]}
+    assert runs == {("lora", "done"), ("pissa", "done")}  # what it lacked is there now
+
+
+def test_what_peft_makes_has_the_settings_that_all_share(tmp_path):
+    study = smoke_study(tmp_path, ["lora", "dora"])
+    shared = {"lora_dropout": 0.25, "use_rslora": True, "lora_alpha": 6.0, "rank": 4}
+    raw = study.model_dump(mode="json")
+    raw["base"]["adapter"] = raw["base"].get("adapter", {}) | shared
+    inputs = recipe_inputs(parse_study(raw), Cell("dora", 1e-3, 0), "cpu")
+    made = build(models.load(inputs.model).model, inputs, "dora").peft_config["default"]
+    assert (made.lora_dropout, made.use_rslora) == (0.25, True)
+    assert made.lora_alpha / made.r**0.5 == pytest.approx(6.0 / 4**0.5)
+
+
+@pytest.mark.parametrize(("key", "value"), [("pack_to", 64), ("positions", "response")])
+def test_pefts_corda_on_other_tokens_is_refused(tmp_path, key, value):
+    raw = smoke_study(tmp_path, ["lora", "peft_corda_kpm"]).model_dump(mode="json")
+    raw["base"]["context"] |= {key: value}
+    with pytest.raises(RecipeError, match=rf"peft_corda_kpm, context\.{key}"):
+        check(parse_study(raw))
 
 
 def test_no_cell_is_begun_when_the_minutes_are_over(tmp_path):

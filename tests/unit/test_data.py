@@ -143,3 +143,19 @@ def test_rounds_are_disjoint_and_seeded(data, tokenizer):
     assert rounds[0] == calibration_rounds(records, tokenizer, 1, samples=5)[0]
     with pytest.raises(DataError, match=r"not enough calibration records.*round 5 of 5"):
         calibration_rounds(records, tokenizer, 5, samples=5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is 12 + 7?", "What is 12 - 7?", False),
+        ("Is x < y?", "is x > y", False),
+        ("Add 1.5 to it.", "Add 1 5 to it", False),
+        ("Add 15, please!", "add 15 please", True),
+        ("A well-known author.", "a well known author", True),
+        ("**Bold** and/or plain", "bold and or plain", True),
+    ],
+)
+def test_keys_keep_what_arithmetic_needs(one, other, same):
+    keys = [record.key for record in to_records([{"question": q, "answer": "a"} for q in (one, other)])]
+    assert (keys[0] == keys[1]) is same

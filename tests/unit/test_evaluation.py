@@ -100,6 +100,13 @@ def test_a_gap_is_filled_and_what_follows_is_scored(tokenizer):
     assert choice_accuracy(Rigged({a: -5.0}), tokenizer, to_records([record]), 0, 2).value == 1.0
 
 
+def test_other_underscores_are_no_gap(tokenizer):
+    a = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    for context in ("x is _", "x is ____.", "x is _ .", "what does a_b give?", "_ or _ is x"):
+        record = {"context": context, "choices": ["b", "aa"], "label": 1}
+        assert choice_accuracy(Rigged({a: 9.0}), tokenizer, to_records([record]), 0, 2).value == 1.0, context
+
+
 def test_every_label_has_one_winner(model, tokenizer):
     raw = [
         {"context": "Snow is", "choices": ["white as milk", "red"], "label": 0},

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_the_right_solution_passes_and_a_wrong_one_does_not():
 )
 def test_ending_early_or_beyond_a_limit_is_no_pass(body):
     assert not passes(body + "\n")
+
+
+def test_what_a_program_prints_is_not_kept():
+    tracemalloc.start()
+    assert not passes("while True: print('x' * 1000)\n", seconds=1.0)
+    assert passes("print('x' * 10000000)\n")
+    assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    tracemalloc.stop()
 
 
 def test_an_endless_program_is_ended_with_its_children():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 
 from corda.comparing.choosing import choose, further, shares_by_rate, smoothed, steps_to_reach
@@ -92,6 +93,36 @@ def test_a_ratio_has_limits_of_its_own():
     assert found["ratio_high"] == pytest.approx(0.25 + 1.96 * spread / 2.0)
 
 
+def test_the_bases_spread_over_records_is_no_part_of_a_ratios_error():
+    def run(seed, rise, loss):
+        rng = np.random.default_rng(0)
+        base, noise = rng.normal(5, 2, 200), np.random.default_rng(seed).normal(rise, 0.1 * rise, 200)
+        after = base + noise
+        pulls = [(some - some.mean()) / 200 for some in (base, after)]
+        keep = {
+            "before": {"k/answer_loss": {"value": base.mean()}},
+            "after": {"k/answer_loss": {"value": after.mean()}},
+        }
+        keep["after"]["t/answer_loss"] = {"value": loss}
+        influence = {"influence_before": {"k/answer_loss": pulls[0]}, "influence": {"k/answer_loss": pulls[1]}}
+        return {"status": "done", "learning_rate": 1e-3, "scores": keep} | influence
+
+    first, second = ([run(seed + i, rise * (2 - i), 1.0 + i) for i in range(2)] for seed, rise in ((1, 0.2), (7, 0.8)))
+    made = [{0: points(runs, "t/answer_loss", "k/answer_loss")} for runs in (first, second)]
+    found = compared(*made)
+    assert found["ratio"] == pytest.approx(0.25, rel=0.05)
+    # 10 % of spread over 200 records in either rise, and less in their means over two runs
+    assert 0.25 * 0.1 * 1.96 * 0.5 < (found["ratio_high"] - found["ratio"]) * math.sqrt(200) < 0.25 * 0.1 * 1.96 * 2
+
+
+def test_seeds_may_have_other_numbers_of_records():
+    few, many = (0.1, -0.1), (0.1, -0.2, 0.1)
+    one = {0: line(0.0, [1.0, 2.0], 0.5, few), 1: line(0.0, [1.0, 2.0], 0.5, many)}
+    two = {0: line(0.0, [1.0, 2.0], 2.0, few), 1: line(0.0, [1.0, 2.0], 2.0, many)}
+    assert compared(one, two)["stderr_records"] == 0.0
+    assert compared({k: one[k] for k in (1, 0)}, two)["ratio_high"] > 0.25
+
+
 def test_there_is_no_ratio_to_a_method_that_forgets_nothing():
     found = compared({0: line(0.0, [1.0, 2.0], 0.5)}, {0: line(0.0, [1.0, 2.0], -0.1)})
     assert found["ratio"] is None
@@ -109,6 +140,7 @@ def test_accuracies_are_turned_so_that_forgetting_is_a_rise():
         "status": "done",
         "learning_rate": 1e-3,
         "influence": {"arc/accuracy": [0.1, -0.1]},
+        "influence_before": {"arc/accuracy": [0.25, -0.25]},
         "scores": {
             "before": {"gsm/exact_match": {"value": 0.1}, "arc/accuracy": {"value": 0.5}},
             "after": {"gsm/exact_match": {"value": 0.3}, "arc/accuracy": {"value": 0.4}},
@@ -117,16 +149,18 @@ def test_accuracies_are_turned_so_that_forgetting_is_a_rise():
     [point] = points([run], "gsm/exact_match", "arc/accuracy")
     assert point.learn == pytest.approx(-0.3)
     assert point.rise == pytest.approx(0.1)
-    assert point.pulls == (-0.1, 0.1)
+    assert point.pulls == pytest.approx((0.15, -0.15))
+    assert points([run | {"influence_before": {}}], "gsm/exact_match", "arc/accuracy")[0].pulls == ()
     assert points([run | {"status": "diverged"}], "gsm/exact_match", "arc/accuracy") == []
 
 
 def test_the_rise_of_a_perplexity_is_that_of_the_loss():
     scores = {side: {"gsm/answer_loss": {"value": 1.5}, "wiki/perplexity": {"value": v}} for side, v in PERPLEXITIES}
-    run = {"status": "done", "learning_rate": 1e-3, "influence": {"wiki/perplexity": [4.0, -4.0]}, "scores": scores}
+    pulls = {"influence": {"wiki/perplexity": [4.0, -4.0]}, "influence_before": {"wiki/perplexity": [3.0, -3.0]}}
+    run = {"status": "done", "learning_rate": 1e-3, "scores": scores} | pulls
     [point] = points([run], "gsm/answer_loss", "wiki/perplexity")
     assert point.rise == pytest.approx(math.log(2))
-    assert point.pulls == pytest.approx((0.2, -0.2))
+    assert point.pulls == pytest.approx((4 / 20 - 3 / 10, 3 / 10 - 4 / 20))
 
 
 def test_retained_share_of_the_base():

@@ -164,6 +164,9 @@ def test_only_b_is_trained_whatever_peft_switches_on_and_off(model, both):
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), base)
     assert trainable() == {"lora_B"}
+    with pytest.raises(KeyboardInterrupt), adapted.disable_adapter():
+        raise KeyboardInterrupt
+    assert trainable() == {"lora_B"}
     adapted.set_adapter("default")
     assert trainable() == {"lora_B"}
     assert torch.equal(logits(adapted), moved)

@@ -157,6 +157,7 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
         "scores": scores,
         "change": moved,
         "influence": {k: list(s.influence) for k, s in after.values.items()} if after else {},
+        "influence_before": {k: list(s.influence) for k, s in before.values.items()},
         "curve": {key: curve[key] for key in ("step", "loss", "learning_rate")},
         "timing": _costs(stages, "seconds") | {"train": curve["seconds"]},
         "memory": _costs(stages, "peak_bytes"),

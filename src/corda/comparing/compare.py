@@ -117,7 +117,7 @@ def _run(
     open_: list[Cell] = []
     for cell in todo:
         known = finished(study, cell)
-        if known is None:
+        if known is None or known["status"] == "unavailable":  # what it lacked may be there now
             open_.append(cell)
         else:
             yield cell, known
@@ -162,7 +162,7 @@ def _extensions(study: Study, results: dict[Cell, dict[str, Any]]) -> list[Cell]
     """One more rate for every method whose best rate is at an end of what was run."""
     more = []
     for name in study.methods:
-        own = [cell for cell in results if cell.name == name]
+        own = [cell for cell in results if cell.name == name and results[cell]["status"] != "unavailable"]
         if {cell.learning_rate for cell in own if not cell.extension} != set(study.rates(name)):
             continue  # the grid itself is not run yet
         best = choose([results[cell] for cell in own], study.development)
@@ -176,7 +176,7 @@ def _extensions(study: Study, results: dict[Cell, dict[str, Any]]) -> list[Cell]
 
 def _published(study: Study, run: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's results without what only conclusions need, with what is retained of each kept score."""
-    kept = {k: v for k, v in run.items() if k not in {"influence", "fingerprint"}}
+    kept = {k: v for k, v in run.items() if k not in {"influence", "influence_before", "fingerprint"}}
     after, before = run["scores"].get("after", {}), run["scores"].get("before", {})
     share = {m: retained(m, before[m]["value"], after[m]["value"]) for m in study.keep if m in after}
     return kept | {"retained": share}

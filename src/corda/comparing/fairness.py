@@ -57,6 +57,8 @@ def check(study: Study) -> dict[str, Any]:
     reference = expected_parameters(inputs, shared)
     for name, recipe in recipes.items():
         chosen = method(study.methods[name].method)
+        if chosen.peft.startswith("corda"):
+            refuse_other_calibration(name, recipe)
         count = Inputs(recipe).check()["trainable_parameters"]
         if chosen.kind != "full":  # a frozen A has its rank set from the same number
             refuse_unequal(name, count, reference, study.parameter_tolerance)
@@ -101,6 +103,30 @@ def refuse_unshared(name: str, keys: Sequence[str]) -> None:
                 got=key,
                 expected="settings of the adapter, its context, weight decay, or 4 bits",
                 fix="set it for all, in overrides",
+            )
+
+
+def refuse_other_calibration(name: str, recipe: Recipe) -> None:
+    """Refuse PEFT's CorDA where the others calibrate on windows or on answers alone: it takes whole records.
+
+    Args:
+        name: Of the method.
+        recipe: Of one of its cells.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    for key, given, fix in (
+        ("pack_to", recipe.context.pack_to is not None, "leave it out"),
+        ("positions", recipe.context.positions != "all", "set it to all"),
+    ):
+        if given:
+            raise RecipeError(
+                "PEFT's CorDA would calibrate on other tokens than the other methods",
+                where=f"methods.{name}, context.{key}",
+                got=str(getattr(recipe.context, key)),
+                expected="all tokens of whole records",
+                fix=f"{fix}, or take the method out",
             )
 
 

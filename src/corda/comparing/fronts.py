@@ -21,7 +21,7 @@ class Point:
         learn: How badly the task was learnt: its loss, or minus its score.
         rise: How much worse the retained set got, in the same sense: after - before.
         rate: Learning rate.
-        pulls: Influence of every retained record on `rise`; empty where unknown.
+        pulls: Influence of every retained record on `rise`, through after and before; empty where unknown.
     """
 
     learn: float
@@ -73,9 +73,10 @@ def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Poi
         old, new = before[keep]["value"], after[keep]["value"]
         logarithmic = keep.endswith("/perplexity")
         rise = math.log(new / old) if logarithmic else sign(keep) * (new - old)
-        slope = 1 / new if logarithmic else sign(keep)
-        pulls = tuple(slope * p for p in run.get("influence", {}).get(keep, ()))
-        found.append(Point(sign(learn) * after[learn]["value"], rise, run["learning_rate"], pulls))
+        first, second = (1 / old, 1 / new) if logarithmic else (sign(keep), sign(keep))
+        was, is_ = (run.get(name, {}).get(keep, ()) for name in ("influence_before", "influence"))
+        pulls = [second * p - first * q for p, q in zip(is_, was, strict=True)] if len(was) == len(is_) else ()
+        found.append(Point(sign(learn) * after[learn]["value"], rise, run["learning_rate"], tuple(pulls)))
     return found
 
 
@@ -187,15 +188,16 @@ def _limits(
 ) -> tuple[float | None, float | None, float]:
     """Standard errors over seeds and records of the mean of first - factor x second, and half its 95 % range.
 
-    At the ratio of both means this is that of the ratio times the second mean (delta method).
+    At the ratio of both means this is that of the ratio times the second mean (delta method). Where seeds have other
+    numbers of records, they drew them apart, and records of one place are not the same ones.
     """
     seeds = len(rises)
     values = [a - factor * b for a, b in rises]
     mean = sum(values) / seeds
     over_seeds = math.sqrt(sum((v - mean) ** 2 for v in values) / (seeds - 1) / seeds) if seeds > 1 else None
     over_records = None
-    if pulls and (n := len(pulls[0])) > 1:
-        joint = [sum(pairs[i][0] - factor * pairs[i][1] for pairs in pulls) / seeds for i in range(n)]
+    if pulls and (n := max(map(len, pulls))) > 1:
+        joint = [sum(p[i][0] - factor * p[i][1] for p in pulls if i < len(p)) / seeds for i in range(n)]
         over_records = math.sqrt(sum(p * p for p in joint) * n / (n - 1))
     seed_part = 0.0 if over_seeds is None else quantile(seeds - 1) * over_seeds
     return over_seeds, over_records, math.hypot(seed_part, 1.96 * (over_records or 0.0))

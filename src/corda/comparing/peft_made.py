@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from corda.errors import ModelError
 from corda.inputs import Inputs
 from corda.lora_config import target_names, task_type
 from corda.plan.make import uniform_rank
+from corda.plan.plan import scaling
 from corda.quantization import is_4bit
 
 _GRADIENT_RECORDS, _ROWS = 32, 4  # LoRA-GA's estimate of the gradient
@@ -92,7 +94,9 @@ def _config(model: PreTrainedModel, inputs: Inputs, kind: str, frozen: bool) -> 
         task_type=task_type(model),
         modules_to_save=heads(model) or None,
         r=rank,
-        lora_alpha=rank if options.lora_alpha is None else options.lora_alpha,
+        lora_alpha=scaling(options, rank) * (math.sqrt(rank) if options.use_rslora else rank),
+        lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora,
         target_modules=target_names(model, [t.name for t in inputs.targets]),
         **start,
     )

@@ -30,6 +30,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
 }
 _ALSO = {"classification": ("text",), "tagged": ("ner_tags",)}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+# Words; an operator with a number or a single letter behind it; the point inside a number.
+_SAID = re.compile(r"\w+|[-+−*/=<>^%](?=\s*(?:\d|[^\W\d_]\b))|(?<=\d)\.(?=\d)")
 _ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
 
 
@@ -75,9 +77,9 @@ class Record:
     @property
     def key(self) -> str:
         """Prompt (or text, or pair of texts) in lower case without punctuation and spacing, and what the images are:
-        equal keys are the same record.
+        equal keys are the same record. Operators before numbers and single letters are no punctuation.
         """
-        text = re.sub(r"\W+", " ", f"{self.prompt or self.response} {self.second}".lower()).strip()
+        text = " ".join(_SAID.findall(f"{self.prompt or self.response} {self.second}".lower()))
         return " ".join([text, *(pictures.digest(image) for image in self.images)])
 
 

@@ -30,7 +30,7 @@ _RIGHT = "corda-passed"
 _GUARD = """
 import ctypes, os, resource, sys
 seconds, memory, size, processes = (int(float(value)) for value in sys.argv[1:5])
-token = sys.argv.pop()
+token, told = sys.argv.pop(), int(sys.argv.pop())
 try:
     user, network = 0x10000000, 0x40000000
     libc = ctypes.CDLL(None, use_errno=True)
@@ -52,7 +52,7 @@ for limit, value in (
 source = sys.stdin.read()
 names = {"__name__": "program"}
 exec(compile(source, "program", "exec"), names)
-sys.stdout.write("\\n" + token)
+os.write(told, token.encode())
 """
 
 
@@ -66,23 +66,31 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
     token = f"{_RIGHT}-{os.urandom(8).hex()}"  # a program cannot say it passed by ending early
     command = [sys.executable, "-I", "-S", "-c", _GUARD]
     limits = [str(value) for value in (seconds, MEMORY, FILE_BYTES, PROCESSES)]
-    with tempfile.TemporaryDirectory(prefix="corda-run-") as folder:
+    ends = os.pipe()
+    with (
+        open(ends[0], "rb", buffering=0) as heard,
+        open(ends[1], "wb", buffering=0) as told,
+        tempfile.TemporaryDirectory(prefix="corda-run-") as folder,
+    ):
         child = subprocess.Popen(
-            [*command, *limits, token],
+            [*command, *limits, str(ends[1]), token],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # a program may print without end
             stderr=subprocess.DEVNULL,
+            pass_fds=(ends[1],),
             cwd=folder,
             env={"PATH": "", "HOME": folder, "TMPDIR": folder},
             start_new_session=True,
         )
+        told.close()
         try:
-            said, _ = child.communicate(program.encode(), timeout=seconds)
+            child.communicate(program.encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
         finally:
             _end(child)
-    return child.returncode == 0 and said.decode(errors="replace").endswith(token)
+        os.set_blocking(ends[0], False)  # something that left the session may still hold the other end
+        return child.returncode == 0 and heard.read(len(token) + 1) == token.encode()
 
 
 def pass_at_1(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from corda.data.formats import Record, Segment
 from corda.evaluation.scores import Score, mean, ratio
 from corda.progress import Progress, silent
 from corda.sharding import device_of
+
+_GAP = re.compile(r"(?<!\S)_(?!\w)")
 
 
 @torch.no_grad()
@@ -106,6 +109,11 @@ def perplexity(
     return loss.scaled(value, value)
 
 
+def _gap(prompt: str) -> re.Match[str] | None:
+    gaps = list(_GAP.finditer(prompt))
+    return gaps[0] if len(gaps) == 1 and re.search(r"\w", prompt[gaps[0].end() :]) else None
+
+
 def choice_accuracy(
     model: nn.Module,
     tokenizer: Any,
@@ -117,7 +125,8 @@ def choice_accuracy(
 ) -> Score:
     """Share of records whose right choice has the highest likelihood per byte (lm-eval's acc_norm).
 
-    Where the context has a gap "_" (WinoGrande), each choice is put into it and what follows the gap is scored.
+    Where the context has one gap, a "_" by itself with words behind it (WinoGrande), each choice is put into it and
+    what follows the gap is scored.
 
     Args:
         model: Any causal language model.
@@ -132,8 +141,8 @@ def choice_accuracy(
     lengths: list[int] = []
     for record in records:
         for choice in record.choices:
-            if "_" in record.prompt:
-                before, _, after = record.prompt.partition("_")
+            if gap := _gap(record.prompt):
+                before, after = record.prompt[: gap.start()], record.prompt[gap.end() :]
                 context, continuation = prompt.format(context=before.rstrip() + " " + choice), after
             else:
                 context, continuation = prompt.format(context=record.prompt), " " + choice
