@@ -201,6 +201,7 @@ def test_a_best_rate_at_an_end_is_not_inside():
     assert (low.inside, low.end, high.inside, high.end) == (False, "low", False, "high")
     assert further([1e-4, 1e-3], "low") == pytest.approx(1e-4 / 3, rel=1e-2)
     assert further([1e-3, 1e-4, 2e-3], "high") == pytest.approx(4e-3)
+    assert further([1e-3, 2e-3] * 2, "high") == pytest.approx(4e-3)  # two seeds
 
 
 def test_other_settings_are_chosen_with_the_rate():

@@ -60,10 +60,10 @@ def further(rates: Sequence[float], end: str) -> float:
     """The next rate beyond one end of a grid, a step of the grid away (at most 3 x).
 
     Args:
-        rates: The grid.
+        rates: The grid, a rate as often as there are seeds.
         end: "low" or "high".
     """
-    ordered = sorted(rates)
+    ordered = sorted(set(rates))
     one, two = (ordered[0], ordered[1]) if end == "low" else (ordered[-2], ordered[-1])
     step = min(two / one, 3.0)
     return float(f"{ordered[0] / step if end == 'low' else ordered[-1] * step:.3g}")
