@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora, weight decay 5": {"mode": "lora"},
     "kpm": {"mode": "kpm"},
     "contrast": FROZEN,
+    "contrast, weight decay 5": FROZEN,
     "contrast, mu 0.1": FROZEN | {"mu": 0.1},
     "contrast, unit median": FROZEN | {"normalise": "median"},
     "contrast, A trained": FROZEN | {"train_a": True},
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dual": {"mode": "dual", "exponent": 0.5},
     "combination of outputs": {"mode": "dual", "exponent": 0.5, "directions": "combination"},
 }
-WEIGHT_DECAY = {"lora, weight decay 5": 5.0}
+WEIGHT_DECAY = {"lora, weight decay 5": 5.0, "contrast, weight decay 5": 5.0}
 # By what each tells: the middle rates, whose task losses overlap, then the ends of the grids, then the controls.
 MIDDLE = (("lora", 3e-3), ("contrast", 3e-3), ("kpm", 1e-3), ("lora", 1e-3), ("contrast", 1e-2), ("kpm", 3e-3))
 ENDS = (("lora", 6e-3), ("lora", 3e-4), ("contrast", 1e-3), ("kpm", 3e-4))
@@ -98,6 +99,7 @@ def cells() -> Iterator[Cell]:
     for method, rate in (*BEST, ("lora", 1e-3), ("contrast", 3e-3), ("lora, weight decay 5", 6e-3)):
         yield Cell(method, rate, task="code")
     yield Cell("lora, weight decay 5", 6e-3)
+    yield Cell("contrast, weight decay 5", 3e-3)
     for seed, task in ((2, "gsm8k"), (1, "code")):
         for method, rate in BEST:
             yield Cell(method, rate, seed, task)

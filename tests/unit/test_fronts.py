@@ -135,6 +135,11 @@ def test_mean_over_a_range_of_a_bent_front():
     assert mean_over(curve, (2.0, 4.0)).rise == pytest.approx(-0.25)
 
 
+def test_a_run_without_pulls_leaves_the_mean_without():
+    curve = [Point(1.0, 1.0, 1e-3, (0.1, -0.1)), Point(2.0, 0.0, 1e-4), Point(4.0, -0.5, 1e-5, (0.2, -0.2))]
+    assert mean_over(curve, (1.0, 4.0)).pulls == ()
+
+
 def test_accuracies_are_turned_so_that_forgetting_is_a_rise():
     run = {
         "status": "done",

@@ -128,7 +128,7 @@ def mean_over(curve: Sequence[Point], span: tuple[float, float]) -> Point:
     low, high = span
     places = [low + (high - low) * i / (_STEPS - 1) for i in range(_STEPS)]
     found = [point for place in places if (point := at(curve, min(max(place, low), high))) is not None]
-    n = len(found[0].pulls)
+    n = min(len(p.pulls) for p in found)  # none where one of them is unknown
     pulls = tuple(sum(p.pulls[i] for p in found) / len(found) for i in range(n)) if n else ()
     return Point((low + high) / 2, sum(p.rise for p in found) / len(found), math.nan, pulls)
 
