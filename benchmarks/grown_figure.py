@@ -27,7 +27,7 @@ SHOWN = {
     "ipm": ("CorDA-IPM", "#c14f6d"),
     "kpm": ("CorDA-KPM", "#d0642b"),
     "kpm_plus": ("CorDA++ KPM", "#a867a5"),
-    "kpm_decay": ("KPM + decay", "#b08a52"),
+    "kpm_plus_decay": ("CorDA++ + decay", "#b08a52"),
     "contrast": ("contrast", "#2a977b"),
     "contrast_wd": ("contrast + decay", "#2f9eb3"),
 }
