@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora"},
     "lora, weight decay 5": {"mode": "lora"},
     "kpm": {"mode": "kpm"},
+    "kpm, balance sigma": {"mode": "kpm", "balance": "sigma"},
     "contrast": FROZEN,
     "contrast, weight decay 5": FROZEN,
     "contrast, mu 0.1": FROZEN | {"mu": 0.1},
@@ -103,6 +104,7 @@ def cells() -> Iterator[Cell]:
     for seed, task in ((2, "gsm8k"), (1, "code")):
         for method, rate in BEST:
             yield Cell(method, rate, seed, task)
+    yield Cell("kpm, balance sigma", 1e-3, 2)
     for method in CONTROLS[1:]:
         yield Cell(method, 3e-3)
     for seed in (1, 2):

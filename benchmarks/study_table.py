@@ -26,7 +26,7 @@ def cell(found: Mapping[str, Any] | None, *, itself: bool) -> str:
     """A ratio with its limits, or why there is none."""
     if itself:
         return "1"
-    if found is None or "ratio" not in found:
+    if found is None or found.get("ratio") is None:
         return "no overlap" if found and "why" in found else "—"
     low, high = found.get("ratio_low"), found.get("ratio_high")
     text = show(found["ratio"])
