@@ -217,6 +217,13 @@ def test_other_settings_are_chosen_with_the_rate():
     assert set(best.development) == {1e-4, 1e-3}
 
 
+def test_rates_are_chosen_by_the_seeds_that_all_of_them_have():
+    easy = 1  # seed 1 is easier, and the higher rate has not run with it yet
+    runs = [made(1e-4, 0, 1.2), made(1e-3, 0, 1.0), made(1e-3, easy, 0.5), made(3e-3, 0, 0.9)]
+    assert choose(runs, "dev/answer_loss").learning_rate == 3e-3
+    assert choose([*runs, made(1e-2, easy, 0.7)], "dev/answer_loss").learning_rate == 1e-2  # no seed in common
+
+
 def test_steps_to_reach_the_final_loss_of_another_run():
     steps = list(range(1, 41))
     slow = {"curve": {"step": steps, "loss": [4.0 - 0.05 * s for s in steps]}}

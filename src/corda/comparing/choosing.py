@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,18 +36,25 @@ class Choice:
 def choose(runs: Sequence[Mapping[str, Any]], development: str) -> Choice | None:
     """The setting with the best mean on the development split; diverged runs count as infinitely bad.
 
+    Where not every setting has run with every seed yet, the seeds that all of them have decide, if there are any;
+    a divergence counts with any seed.
+
     Args:
         runs: Those of one method.
         development: task/metric.
     """
-    losses: dict[Setting, list[float]] = defaultdict(list)
+    losses: dict[Setting, dict[int, float]] = defaultdict(dict)
     for run in runs:
         if run["status"] not in {"done", "diverged"}:
             continue
         after = run["scores"].get("after", {}).get(development)
         value = sign(development) * after["value"] if run["status"] == "done" and after else math.inf
-        losses[run["learning_rate"], tuple(sorted(run["variant"].items()))].append(value)
-    means = {setting: sum(values) / len(values) for setting, values in losses.items()}
+        losses[run["learning_rate"], tuple(sorted(run["variant"].items()))][run["seed"]] = value
+    common = set.intersection(*map(set, losses.values())) if losses else set()
+    means = {
+        setting: statistics.fmean(v for seed, v in values.items() if seed in (common or values) or math.isinf(v))
+        for setting, values in losses.items()
+    }
     if not means or not any(math.isfinite(mean) for mean in means.values()):
         return None
     rate, variant = min(means, key=lambda setting: (means[setting], setting[0]))
