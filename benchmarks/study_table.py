@@ -1,7 +1,7 @@
 """A study's table in Markdown out of its result file: python benchmarks/study_table.py NAME [--against METHOD].
 
-A row per method: seeds, the rate that the development split chose (* : at the end of what was run), task loss there, and
-for every retained set the rise of its loss over that of the reference at equal task loss, with 95 % limits.
+A row per method: seeds, the rate that the development split chose (* : at the end of what was run), task loss there,
+and for every retained set the rise of its loss over that of the reference at equal task loss, with 95 % limits.
 """
 
 from __future__ import annotations
