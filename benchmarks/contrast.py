@@ -335,7 +335,8 @@ def write(folder: Path) -> None:
         context = load(artifact.read(place, "context", verify=False))
         head["leading_eigenvalue_shares"] = leading_shares(context)
         head["most_dominated_input"] = most_dominated(context, head["leading_eigenvalue_shares"])
-    content = head | {"settings": settings, "spearman": summary(runs), "runs": runs, "provenance": where}
+    spearman = {task: summary([run for run in runs if run["task"] == task]) for task in TASKS} | {"both": summary(runs)}
+    content = head | {"settings": settings, "spearman": spearman, "runs": runs, "provenance": where}
     artifact.write_json(RESULTS / "contrast-smollm2.json", content)
 
 
