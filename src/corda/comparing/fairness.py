@@ -225,7 +225,8 @@ def refuse_unequal(name: str, count: int, reference: int, tolerance: float) -> N
             where=f"methods.{name}",
             got=f"{count:,}",
             expected=f"{reference:,} within {tolerance:.0%}",
-            fix=f"correct its settings; where A is frozen, give the base adapter.budget: {reference}, not adapter.rank",
+            fix=f"correct its settings; where A is frozen give the base adapter.budget: {reference}, not adapter.rank, "
+            "and where ranks are too coarse for that, raise parameter_tolerance",
         )
 
 
