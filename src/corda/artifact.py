@@ -306,11 +306,36 @@ def copy(found: Artifact, folder: Path) -> Artifact:
         found: What to copy.
         folder: Where to.
     """
+    _replace(_beside(found, folder), folder)
+    return read(folder, found.kind, verify=False)
+
+
+def offer(found: Artifact, folder: Path) -> None:
+    """`copy` to a place where others may be putting the same artifact at this moment: the first one stays.
+
+    Args:
+        found: What to copy.
+        folder: Where to; its parent is made.
+    """
+    if folder.exists():
+        return
+    make_folder(folder.parent)
+    temporary = _beside(found, folder)
+    try:
+        temporary.replace(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():
+            raise
+    disk.sync(folder.parent)
+
+
+def _beside(found: Artifact, folder: Path) -> Path:
+    """The artifact under a temporary name in the folder's parent, on disk."""
     temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}.", dir=folder.parent))
     shutil.copytree(found.folder, temporary, dirs_exist_ok=True, copy_function=_linked)
     disk.sync_tree(temporary)
-    _replace(temporary, folder)
-    return read(folder, found.kind, verify=False)
+    return temporary
 
 
 def _linked(source: str, target: str) -> str:

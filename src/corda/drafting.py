@@ -16,7 +16,7 @@ from corda import models
 from corda.commenting import commented
 from corda.data.batches import encode, load_records
 from corda.data.formats import Record, Template
-from corda.data.sources import local_file
+from corda.data.sources import HELD_OUT_NAMES, local_file
 from corda.errors import DataError
 from corda.inputs import Inputs
 from corda.reading import apply_overrides, parse_recipe
@@ -25,7 +25,6 @@ from corda.recipe import DataSource, Recipe
 _LOOKED_AT = 500  # records whose length is measured
 _LONGEST = 1024  # tokens that a draft goes up to by itself
 _COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/footguns.md
-_HELD_OUT = ("test", "validation", "valid", "dev", "heldout", "eval")
 _SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
 _BILLION = 10**9
 # Small and large models: an adapter that starts in the weights' directions, and one that starts at zero.
@@ -132,8 +131,8 @@ def held_out(source: str, data_dir: Path | None) -> str | None:
     if path is None:
         return None
     stem = path.stem
-    names = [stem.replace("train", word) for word in _HELD_OUT] if "train" in stem else []
-    names += [f"{stem}{mark}{word}" for mark in "_-." for word in _HELD_OUT]
+    names = [stem.replace("train", word) for word in HELD_OUT_NAMES] if "train" in stem else []
+    names += [f"{stem}{mark}{word}" for mark in "_-." for word in HELD_OUT_NAMES]
     for name in names:
         if name != stem and path.with_stem(name).is_file():
             return str(Path(source).with_stem(name))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -73,6 +75,22 @@ def test_a_changed_plan_shows_how_plans_are_edited(tmp_path):
     (tmp_path / "plan" / "a.txt").write_text("hellp")
     with pytest.raises(ArtifactError, match=r"changed after it was written.*--save-ranks FILE.*adapter\.ranks: FILE"):
         artifact.read(tmp_path / "plan", "plan")
+
+
+def test_several_may_offer_the_same_artifact_at_once(tmp_path):
+    found, together = make(tmp_path / "plan"), Barrier(4)
+
+    def offer(place):
+        together.wait()
+        artifact.offer(found, place)
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            place = tmp_path / f"shelf-{number}" / "plan"
+            for future in [pool.submit(offer, place) for _ in range(4)]:
+                future.result()
+            assert artifact.read(place, "plan").fingerprint == "k1"
+            assert [child.name for child in place.parent.iterdir()] == ["plan"]
 
 
 def test_foreign_artifacts_are_refused(tmp_path):

@@ -266,9 +266,8 @@ def _costs(stages: Stages, what: str) -> dict[str, Any]:
 def _shelve(folder: Path, places: Mapping[str, Path]) -> None:
     """Leave context, plan and base scores for the cells to come, as links."""
     for kind, place in places.items():
-        if (folder / kind).is_dir() and not (place / kind).exists():
-            artifact.make_folder(place)
-            artifact.copy(artifact.read(folder / kind, kind, verify=False), place / kind)
+        if (folder / kind).is_dir():
+            artifact.offer(artifact.read(folder / kind, kind, verify=False), place / kind)
 
 
 def _empty(folder: Path) -> None:

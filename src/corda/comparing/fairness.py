@@ -9,12 +9,14 @@ from typing import Any
 
 from corda.comparing.methods import method
 from corda.comparing.study import Study, cells, recipe_of, shared_recipe
+from corda.data.sources import HELD_OUT_NAMES
 from corda.errors import RecipeError
 from corda.inputs import Inputs
 from corda.recipe import Recipe
 
 SPAN = 30.0
-_SPLIT = re.compile(r"(?:^|[-_.])(?:train|test|dev|eval|valid|validation|held_?out|calibration)(?=$|[-_.])")
+_SPLITS = "|".join((*HELD_OUT_NAMES, "held_out", "train", "calibration"))
+_SPLIT = re.compile(rf"(?:^|[-_.])(?:{_SPLITS})(?=$|[-_.])")
 # Settings that a method may have of its own; everything else is shared by all.
 OWN = (
     "adapter.",

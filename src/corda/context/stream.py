@@ -83,9 +83,11 @@ def streamed(
                     wanted = members[index] if done is None else []
                     if index <= needed:
                         capture = march.through(index, r, wanted)
-                        if wanted:
-                            done = shelf.put(_key(index, r), capture.captured(r, processes), _width(wanted), started)
-                        del capture  # a reader may stop here for long
+                        fresh = capture.captured(r, processes) if wanted else None
+                        del capture  # its sums are in `fresh`
+                        if fresh is not None:
+                            done = shelf.put(_key(index, r), fresh, _width(wanted), started)
+                        del fresh  # a reader may stop here for long
                     if done is not None:
                         yield done
                         del done
