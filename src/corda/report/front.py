@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,11 +73,16 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
                 hoverinfo="skip",
             )
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
-    figure.update_layout(layout(460))
+    figure.update_layout(layout(460 + _legend(comparison)))
     figure.update_xaxes(title=f"{axis(learn)} after training")
     sense = "fall" if _more_is_better(keep) else "rise"
     figure.update_yaxes(title=f"{sense} of {axis(keep)} against base")
     return figure
+
+
+def _legend(comparison: Mapping[str, Any]) -> int:
+    """Pixels that the legend of many methods needs beyond two rows of four, so that the plot keeps its height."""
+    return 30 * max(0, math.ceil(len(comparison["labels"]) / 4) - 2)
 
 
 def convergence(comparison: Mapping[str, Any]) -> go.Figure:
@@ -103,7 +109,7 @@ def convergence(comparison: Mapping[str, Any]) -> go.Figure:
             line={"color": colour(number), "width": 2},
             hovertemplate="step %{x}: %{y:.3f}",
         )
-    figure.update_layout(layout(400))
+    figure.update_layout(layout(400 + _legend(comparison)))
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="training loss, nats per token")
     return figure
