@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 from corda import adapter, artifact, pipeline, training
 from corda.comparing import peft_made
 from corda.comparing.fairness import refuse_unequal
-from corda.comparing.fronts import LOWER_IS_BETTER
 from corda.comparing.methods import Method
 from corda.comparing.null_space import null_plan
 from corda.comparing.study import Cell, Study, method_of, recipe_of
 from corda.drift import READINGS, Yardstick, drift_of_weights
 from corda.errors import AdapterError, CordaError
 from corda.evaluation.evaluate import Scores
-from corda.evaluation.scores import change
+from corda.evaluation.scores import change, sign
 from corda.inputs import Inputs
 from corda.pipeline import Stages
 from corda.progress import Progress, silent
@@ -244,8 +243,7 @@ def _or_none(measure: Any) -> Scores | None:
 
 def _sound(before: Scores, after: Scores, learn: str) -> bool:
     """Whether the task's loss is where a training that converges leaves it."""
-    lower_is_better = learn.endswith(LOWER_IS_BETTER)
-    return not lower_is_better or after.values[learn].value < _DIVERGED * before.values[learn].value
+    return sign(learn) < 0 or after.values[learn].value < _DIVERGED * before.values[learn].value
 
 
 def _flat(scores: Scores) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corda.comparing.fronts import sign
+from corda.evaluation.scores import sign
 
 Setting = tuple[float, tuple[tuple[str, Any], ...]]
 

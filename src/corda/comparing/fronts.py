@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from corda.evaluation.scores import rise, sign
+
 _STEPS = 21
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-LOWER_IS_BETTER = ("answer_loss", "perplexity", "loss")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,6 @@ class Point:
     rise: float
     rate: float
     pulls: tuple[float, ...] = ()
-
-
-def sign(metric: str) -> int:
-    """1 where less is better, -1 where more is."""
-    return 1 if metric.rpartition("/")[2] in LOWER_IS_BETTER else -1
 
 
 def retained(metric: str, before: float, after: float) -> float:
@@ -57,9 +53,6 @@ def retained(metric: str, before: float, after: float) -> float:
 def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Point]:
     """The points of one method and seed; diverged runs have no score and so no point.
 
-    Of a perplexity the rise is that of its logarithm, the loss per token: a few runs that have lost the language would
-    otherwise decide every mean.
-
     Args:
         runs: Results of one method and seed.
         learn: "task/metric" on x.
@@ -71,12 +64,11 @@ def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Poi
         if run["status"] != "done" or learn not in after or keep not in after:
             continue
         old, new = before[keep]["value"], after[keep]["value"]
-        logarithmic = keep.endswith("/perplexity")
-        rise = math.log(new / old) if logarithmic else sign(keep) * (new - old)
-        first, second = (1 / old, 1 / new) if logarithmic else (sign(keep), sign(keep))
+        learnt = sign(learn) * after[learn]["value"]
+        first, second = (1 / old, 1 / new) if keep.endswith("/perplexity") else (sign(keep), sign(keep))
         was, is_ = (run.get(name, {}).get(keep, ()) for name in ("influence_before", "influence"))
         pulls = [second * p - first * q for p, q in zip(is_, was, strict=True)] if len(was) == len(is_) else ()
-        found.append(Point(sign(learn) * after[learn]["value"], rise, run["learning_rate"], tuple(pulls)))
+        found.append(Point(learnt, rise(keep, old, new), run["learning_rate"], tuple(pulls)))
     return found
 
 

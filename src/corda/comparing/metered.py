@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corda.comparing.fronts import sign
 from corda.drift import READINGS
+from corda.evaluation.scores import rise
 
 _FEWEST = 4  # runs that an order is spoken of
 
@@ -33,8 +33,8 @@ def foretold(runs: Sequence[Mapping[str, Any]], keep: str) -> dict[str, Any]:
         if len(points) < _FEWEST:
             continue
         by_rate = defaultdict(list)
-        for rate, drift, rise in points:
-            by_rate[rate].append((drift, rise))
+        for rate, drift, worse in points:
+            by_rate[rate].append((drift, worse))
         ordered = {f"{rate:g}": spearman(pairs) for rate, pairs in sorted(by_rate.items()) if len(pairs) >= _FEWEST}
         known = [value for value in ordered.values() if value is not None]
         found[reading] = {
@@ -78,4 +78,4 @@ def _point(run: Mapping[str, Any], reading: str, keep: str) -> tuple[float, floa
     before, after = (run.get("scores", {}).get(side, {}).get(keep) for side in ("before", "after"))
     if drift is None or not math.isfinite(drift) or not before or not after:
         return None
-    return run["learning_rate"], drift, sign(keep) * (after["value"] - before["value"])
+    return run["learning_rate"], drift, rise(keep, before["value"], after["value"])

@@ -9,6 +9,8 @@ from typing import Any
 
 from corda.errors import DataError
 
+_LOSSES = ("answer_loss", "perplexity", "loss")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,6 +36,29 @@ class Score:
         """The score of a function of this one, `value` with derivative `slope` (delta method)."""
         pulls = tuple(slope * pull for pull in self.influence)
         return Score(value, abs(slope) * self.stderr, self.n, pulls)
+
+
+def sign(metric: str) -> int:
+    """1 where less is better, -1 where more is.
+
+    Args:
+        metric: "task/metric".
+    """
+    return 1 if metric.rpartition("/")[2] in _LOSSES else -1
+
+
+def rise(metric: str, before: float, after: float) -> float:
+    """How much worse a score got: positive where something was forgotten.
+
+    Of a perplexity it is the rise of its logarithm, the loss in nats per token: a few runs that have lost the language
+    would otherwise decide every mean.
+
+    Args:
+        metric: "task/metric".
+        before: Of the base.
+        after: Of the trained model.
+    """
+    return math.log(after / before) if metric.endswith("/perplexity") else sign(metric) * (after - before)
 
 
 def change(before: Score, after: Score) -> Score:

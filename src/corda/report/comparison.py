@@ -41,7 +41,8 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
             f"front-{number}",
             learning_forgetting(comparison, keep),
             "Every run is a point, with the standard error over records (paired with base); a line is a method's "
-            "front: runs that no other one of it beats on both sides. Lower left is better.",
+            "front: runs that no other one of it beats on both sides. Lower left is better. The scale of what is "
+            "forgotten is linear near 0 and logarithmic beyond.",
         )
         for number, keep in enumerate(study["keep"])
     ]
@@ -52,7 +53,10 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         section("Learning and forgetting", *fronts),
         section(
             "Forgetting at equal task loss",
-            *[_differences(comparison, keep, other) for other in _references(comparison) for keep in study["keep"]],
+            "<p>How much worse what is to be kept got, as a share of how much worse it got with another method at the "
+            "same task score, with 95 % limits over seeds and records. A difference, with its sign, stands where that "
+            "other method forgot nothing.</p>",
+            *[_at_equal_loss(comparison, other) for other in _references(comparison)],
         ),
         section(
             "Convergence",
@@ -95,11 +99,38 @@ def _references(comparison: Mapping[str, Any]) -> list[str]:
     return [comparison["study"]["reference"], *comparison["conclusions"].get("also", {})]
 
 
+def _compared(comparison: Mapping[str, Any], against: str) -> Mapping[str, Mapping[str, Any]]:
+    """Retained set -> method -> how it compares with another method."""
+    conclusions = comparison["conclusions"]
+    found: Mapping[str, Mapping[str, Any]] = (
+        conclusions["differences"] if against == comparison["study"]["reference"] else conclusions["also"][against]
+    )
+    return found
+
+
+def _at_equal_loss(comparison: Mapping[str, Any], against: str) -> str:
+    """A row per method, a column per retained set; what the shares come from is folded away."""
+    kept, labels = comparison["study"]["keep"], comparison["labels"]
+    found = _compared(comparison, against)
+    names = dict.fromkeys(name for keep in kept for name in found[keep])
+    rows = [row(labels[n], [cell(escape(_share(found[k].get(n, {"why": ""})))) for k in kept]) for n in names]
+    more = "".join(_differences(comparison, keep, against) for keep in kept)
+    folded = f"<details><summary>Differences, and over which task scores</summary>{more}</details>"
+    return table([f"against {labels[against]}", *kept], rows) + folded
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    if "why" in found:
+        return str(found["why"])
+    if found["ratio"] is None:
+        return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+
+
 def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
     reference = comparison["labels"][against]
-    conclusions, rows = comparison["conclusions"], []
-    main = against == comparison["study"]["reference"]
-    for name, found in (conclusions["differences"] if main else conclusions["also"][against])[keep].items():
+    rows = []
+    for name, found in _compared(comparison, against)[keep].items():
         label = comparison["labels"][name]
         if "why" in found:
             rows.append(row(label, [cell(escape(found["why"])), *[cell("")] * 4]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
+from corda.evaluation.scores import rise, sign
+from corda.report.bent import Bent
 from corda.report.figures import layout
 
 COLOURS = (
@@ -19,7 +21,6 @@ _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star", 
 _LABELS = {
     "answer_loss": "loss, nats per token",
     "loss": "loss, nats per label",
-    "perplexity": "perplexity",
     "exact_match": "exact match",
     "f1": "F1",
 }
@@ -29,12 +30,15 @@ _WINDOW = 10  # a tenth of the steps
 def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
     """Every run a point: the task's score on x, the retained set's change on y; lines join each method's front.
 
+    The changes of y are bent, so that runs which have lost the language leave room for those that have not.
+
     Args:
         comparison: The content of comparison.json.
         keep: "task/metric" on y.
     """
     figure = go.Figure()
     learn = comparison["study"]["learn"]
+    bent, drawn = bending(comparison, keep), []
     for number, (name, label) in enumerate(comparison["labels"].items()):
         runs = [r for r in comparison["runs"] if r["method"] == name and keep in r["scores"].get("after", {})]
         style = {"color": colour(number), "size": 9, "symbol": symbol(number)}
@@ -42,7 +46,9 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
         if runs:
             after = [run["scores"]["after"] for run in runs]
             rises = [forgotten(run, keep) for run in runs]
-            error = {"array": [run["change"][keep]["stderr"] for run in runs], "thickness": 1, "width": 2}
+            drawn += rises
+            upper, lower = _bars(runs, rises, keep, bent)
+            error = {"array": upper, "arrayminus": lower, "thickness": 1, "width": 2}
             hover = [
                 f"{html.escape(label)}<br>learning rate {run['learning_rate']:g}, seed {run['seed']}, "
                 f"{run['status']}<br>"
@@ -53,7 +59,7 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
             figure.add_scatter(
                 **shared,
                 x=[scores[learn]["value"] for scores in after],
-                y=rises,
+                y=[bent(value) for value in rises],
                 error_y=error,
                 mode="markers",
                 marker=style,
@@ -62,11 +68,10 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
             )
         points = comparison["conclusions"]["fronts"][keep].get(name, [])
         if len(points) > 1:
-            turned = -1 if _more_is_better(learn) else 1
             figure.add_scatter(
                 **shared,
-                x=[turned * point[0] for point in points],
-                y=[point[1] for point in points],
+                x=[sign(learn) * point[0] for point in points],
+                y=[bent(point[1]) for point in points],
                 mode="lines",
                 line={"color": colour(number), "width": 1.6},
                 showlegend=False,
@@ -75,9 +80,45 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
     figure.update_layout(layout(460 + _legend(comparison)))
     figure.update_xaxes(title=f"{axis(learn)} after training")
-    sense = "fall" if _more_is_better(keep) else "rise"
-    figure.update_yaxes(title=f"{sense} of {axis(keep)} against base")
+    bend(figure, bent, drawn, f"{change_axis(keep)}, against base")
     return figure
+
+
+def bending(comparison: Mapping[str, Any], keep: str) -> Bent:
+    """The axis of a retained set's changes, linear up to their errors.
+
+    Args:
+        comparison: The content of comparison.json.
+        keep: "task/metric".
+    """
+    return Bent.of(_error(run, keep) for run in comparison["runs"] if keep in run["scores"].get("after", {}))
+
+
+def bend(figure: go.Figure, bent: Bent, values: Sequence[float], title: str) -> None:
+    """Give y its ticks and title.
+
+    Args:
+        figure: Whose traces are bent already.
+        bent: How.
+        values: All that is drawn, not bent.
+        title: Of the axis.
+    """
+    places, texts = bent.ticks(values)
+    figure.update_yaxes(title=title, tickvals=places, ticktext=texts)
+
+
+def _bars(
+    runs: Sequence[Mapping[str, Any]], rises: Sequence[float], keep: str, bent: Bent
+) -> tuple[list[float], list[float]]:
+    """Lengths of the error bars upwards and downwards."""
+    pairs = [(value, _error(run, keep)) for run, value in zip(runs, rises, strict=True)]
+    return [bent(v + e) - bent(v) for v, e in pairs], [bent(v) - bent(v - e) for v, e in pairs]
+
+
+def _error(run: Mapping[str, Any], keep: str) -> float:
+    """Standard error of what was forgotten, paired with the base."""
+    error: float = run["change"][keep]["stderr"]
+    return error / run["scores"]["after"][keep]["value"] if keep.endswith("/perplexity") else error
 
 
 def _legend(comparison: Mapping[str, Any]) -> int:
@@ -141,18 +182,14 @@ def symbol(number: int) -> str:
 
 
 def forgotten(run: Mapping[str, Any], keep: str) -> float:
-    """How much worse than the base's a retained score is after a run.
+    """How much worse than the base's a retained score is after a run; of a perplexity, the loss.
 
     Args:
         run: Of comparison.json.
         keep: "task/metric".
     """
-    value: float = run["scores"]["after"][keep]["value"] - run["scores"]["before"][keep]["value"]
-    return -value if _more_is_better(keep) else value
-
-
-def _more_is_better(metric: str) -> bool:
-    return metric.rpartition("/")[2] not in {"answer_loss", "loss", "perplexity"}
+    before, after = (run["scores"][side][keep]["value"] for side in ("before", "after"))
+    return rise(keep, before, after)
 
 
 def axis(metric: str) -> str:
@@ -163,3 +200,14 @@ def axis(metric: str) -> str:
     """
     task, _, kind = metric.rpartition("/")
     return f"{task}, {_LABELS.get(kind, kind)}"
+
+
+def change_axis(metric: str) -> str:
+    """What an axis of `forgotten` is of, with its unit.
+
+    Args:
+        metric: "task/metric".
+    """
+    task, _, kind = metric.rpartition("/")
+    sense = "rise" if sign(metric) > 0 else "fall"
+    return f"{sense} of {task}, loss, nats per token" if kind == "perplexity" else f"{sense} of {axis(metric)}"

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from corda.report.figures import layout
-from corda.report.front import axis, colour, forgotten, symbol
+from corda.report.front import bend, bending, change_axis, colour, forgotten, symbol
 from corda.report.html import cell, figure, row, section, table
 
 _READINGS = {"total": "total", "rms": "root mean square over layers", "held_out": "total, held out"}
@@ -47,7 +47,7 @@ def drift_against_rise(comparison: Mapping[str, Any], keep: str) -> go.Figure:
         comparison: The content of comparison.json.
         keep: "task/metric" on y.
     """
-    drawn = go.Figure()
+    drawn, values, bent = go.Figure(), [], bending(comparison, keep)
     for number, (name, label) in enumerate(comparison["labels"].items()):
         runs = [
             run
@@ -56,18 +56,23 @@ def drift_against_rise(comparison: Mapping[str, Any], keep: str) -> go.Figure:
         ]
         if not runs:
             continue
+        rises = [forgotten(run, keep) for run in runs]
+        values += rises
         drawn.add_scatter(
             x=[run["drift"][_DRAWN] for run in runs],
-            y=[forgotten(run, keep) for run in runs],
+            y=[bent(value) for value in rises],
             mode="markers",
             name=html.escape(label),
             marker={"color": colour(number), "size": 8, "symbol": symbol(number)},
-            text=[f"learning rate {run['learning_rate']:g}, seed {run['seed']}" for run in runs],
-            hovertemplate="%{text}: drift %{x:.3g}, %{y:+.3g}",
+            text=[
+                f"learning rate {run['learning_rate']:g}, seed {run['seed']}: {value:+.3g}"
+                for run, value in zip(runs, rises, strict=True)
+            ],
+            hovertemplate="%{text}, drift %{x:.3g}",
         )
     drawn.update_layout(layout(380))
     drawn.update_xaxes(title="drift", type="log")
-    drawn.update_yaxes(title=f"worse than base by: {axis(keep)}")
+    bend(drawn, bent, values, change_axis(keep))
     return drawn
 
 

@@ -1,0 +1,139 @@
+"""Figures and tables of a comparison, from a comparison.json that is written here."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from corda.comparing.conclusions import conclusions
+from corda.comparing.study import parse_study
+from corda.report.bent import Bent
+from corda.report.comparison import write_comparison
+from corda.report.front import learning_forgetting
+from corda.report.metered import drift_against_rise
+
+STUDY = {
+    "output_dir": "unused",
+    "base": {},
+    "learn": "sums/answer_loss",
+    "development": "sums_dev/answer_loss",
+    "keep": ["facts/answer_loss", "stories/perplexity", "choices/accuracy"],
+    "unseen": ["stories", "choices"],
+    "methods": ["lora", "kpm"],
+    "learning_rates": [1e-3, 3e-3, 4e-2],
+    "seeds": [0],
+}
+BASE = {"facts": 0.37, "stories": 8.0, "choices": 0.7, "sums": 4.0, "sums_dev": 4.1}
+KIND = {"stories": "perplexity", "choices": "accuracy"}
+AFTER = {
+    "lora": [(2.0, 0.39, 9.0, 0.71), (1.5, 0.9, 30.0, 0.65), (1.2, 9.0, 50_000.0, 0.5)],
+    "kpm": [(2.1, 0.36, 7.9, 0.7), (1.6, 0.5, 12.0, 0.66), (1.3, 1.4, 25.0, 0.6)],
+}
+
+
+def scores(**values: float) -> dict:
+    return {f"{k}/{KIND.get(k, 'answer_loss')}": {"value": v, "stderr": 0.04 * v, "n": 90} for k, v in values.items()}
+
+
+@pytest.fixture
+def comparison() -> dict:
+    study, before = parse_study(STUDY), scores(**BASE)
+    runs = []
+    for method, all_after in AFTER.items():
+        for rate, (sums, facts, stories, choices) in zip(STUDY["learning_rates"], all_after, strict=True):
+            after = scores(sums=sums, sums_dev=sums + 0.01, facts=facts, stories=stories, choices=choices)
+            moved = {k: {"value": a["value"] - before[k]["value"], "stderr": a["stderr"]} for k, a in after.items()}
+            runs.append(
+                {
+                    "method": method,
+                    "learning_rate": rate,
+                    "seed": 0,
+                    "variant": {},
+                    "extension": False,
+                    "status": "done",
+                    "scores": {"before": before, "after": after},
+                    "change": moved,
+                    "retained": {name: 90.0 for name in STUDY["keep"]},
+                    "drift": {"total": rate, "rms": rate, "held_out": rate},
+                    "curve": {"step": [1, 2, 3], "loss": [4.0, 3.0, sums]},
+                    "timing": {"train": 3.0},
+                    "memory": {},
+                    "trainable_parameters": 640,
+                }
+            )
+    return {
+        "study": study.model_dump(mode="json", exclude={"output_dir", "base", "overrides"}),
+        "recipe": {},
+        "labels": {"lora": "LoRA", "kpm": "CorDA-KPM"},
+        "trainable_parameters": 640,
+        "runs": runs,
+        "empty": [],
+        "conclusions": conclusions(study, runs),
+        "device": "cpu",
+        "provenance": {},
+    }
+
+
+@pytest.mark.parametrize("keep", STUDY["keep"])
+def test_a_front_goes_through_its_own_points(comparison: dict, keep: str) -> None:
+    figure = learning_forgetting(comparison, keep)
+    drawn = {(trace.name, trace.mode): set(zip(trace.x, trace.y, strict=True)) for trace in figure.data}
+    for name in ("LoRA", "CorDA-KPM"):
+        line = drawn[name, "lines"]
+        assert len(line) > 1
+        for x, y in line:
+            assert any(math.isclose(x, a) and math.isclose(y, b) for a, b in drawn[name, "markers"])
+
+
+@pytest.mark.parametrize("keep", STUDY["keep"])
+def test_every_tick_says_the_value_that_lies_there(comparison: dict, keep: str) -> None:
+    for figure in (learning_forgetting(comparison, keep), drift_against_rise(comparison, keep)):
+        axis = figure.layout.yaxis
+        heights = [y for trace in figure.data if trace.mode == "markers" for y in trace.y]
+        assert list(axis.tickvals) == sorted(axis.tickvals)
+        assert axis.tickvals[-1] > 0.6 * max(heights)
+        values = [float(text) for text in axis.ticktext]
+        unit = values[-1] / math.sinh(axis.tickvals[-1])
+        for place, value in zip(axis.tickvals, values, strict=True):
+            assert math.sinh(place) * unit == pytest.approx(value, rel=0.02)
+
+
+def test_error_bars_end_where_the_error_does(comparison: dict) -> None:
+    keep = "stories/perplexity"
+    trace = next(t for t in learning_forgetting(comparison, keep).data if t.name == "LoRA" and t.mode == "markers")
+    bent = Bent.of([0.04] * 3)  # 0.04 of every perplexity, so of the loss
+    for y, up, down, (_, _, after, _) in zip(
+        trace.y, trace.error_y.array, trace.error_y.arrayminus, AFTER["lora"], strict=True
+    ):
+        rise = math.log(after / BASE["stories"])
+        assert (y, y + up, y - down) == pytest.approx((bent(rise), bent(rise + 0.04), bent(rise - 0.04)))
+
+
+def test_the_axis_is_linear_below_the_errors_and_logarithmic_beyond() -> None:
+    bent = Bent.of([0.034, 0.05, 0.7])
+    assert bent.unit == pytest.approx(0.01)
+    assert bent(0.002) / bent(0.001) == pytest.approx(2, rel=0.01)
+    assert bent(-7.0) == -bent(7.0)
+    assert bent(40.0) - bent(4.0) == pytest.approx(math.log(10), rel=1e-3)
+    assert Bent.of([]).unit > 0
+
+
+@pytest.mark.parametrize("values", [[-0.5, -3.0], [0.0], [0.004, 900.0], [-0.2, 20.0]])
+def test_ticks_cover_both_signs(values: list[float]) -> None:
+    places, texts = Bent(0.01).ticks(values)
+    assert 2 <= len(places) <= 14 or values == [0.0]
+    assert "0" in texts
+    assert any(text.startswith("-") for text in texts) == (min(values) < -0.006)
+    assert any(text.startswith("+") for text in texts) == (max(values) > 0.006)
+
+
+def test_equal_loss_is_one_table_with_the_details_folded_away(comparison: dict, tmp_path) -> None:
+    comparison["conclusions"]["differences"]["choices/accuracy"]["kpm"] |= {"ratio": None, "difference": -0.03}
+    write_comparison(comparison, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text()
+    found = comparison["conclusions"]["differences"]["facts/answer_loss"]["kpm"]
+    assert f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})" in text
+    assert ">-0.030 (" in text
+    assert "against LoRA" in text
+    assert text.count("<summary>Differences") == 1
