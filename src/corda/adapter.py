@@ -28,13 +28,13 @@ from corda import parameters
 from corda.architectures import heads
 from corda.distributed import world
 from corda.errors import AdapterError, TargetError
-from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference
+from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference, refuse_adapted
 from corda.lora_config import exact_key, lora_config, whole
 from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
 from corda.sharding import computing_device, refuse_partitioned, subtract, whole_adapters
-from corda.targets import spec_of
+from corda.targets import refuse_shared, spec_of
 
 _FROZEN = (INITIAL, CORRECTION)
 
@@ -121,7 +121,9 @@ def attach(
         A PeftModel in the mode (train/eval) of `model`, the trained adapter named "default".
 
     Raises:
-        AdapterError: a layer is missing or has another shape, a head is in 4 bits, or dropout with `residual`.
+        AdapterError: the model carries an adapter, a layer is missing or has another shape, a head is in 4 bits, or
+            dropout with `residual`.
+        TargetError: a layer whose weight another module uses too, with `residual`.
     """
     refuse_partitioned(model)
     form = base or plan.options.form(any(is_4bit(module) for module in model.modules()))
@@ -141,6 +143,8 @@ def attach(
             expected="intact",
             fix="set adapter.base: intact, or a model.device_map without off-loading",
         )
+    if form == "residual" and plan.options.has_start:
+        refuse_shared(model, [layer.name for layer in plan.layers])
     config = lora_config(model, plan)
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     as_parameters = parameters.pattern_of(model, [layer.name for layer in plan.layers])
@@ -171,6 +175,7 @@ def _plain(
     seed: int,
 ) -> PeftModel:
     """Plain LoRA: PEFT's own random start."""
+    training = model.training
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         plain = cls(model, config)
@@ -181,6 +186,7 @@ def _plain(
             if _materialise(module, TRAINED):
                 module.reset_lora_parameters(TRAINED, True)
     parameters.drop_unplanned(plain, {layer.name: layer.rank for layer in plan.layers})
+    plain.train(training)
     return plain
 
 
@@ -302,7 +308,7 @@ def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
             trained, frozen = tensor.chunk(2, dim=1)
         if not torch.equal(frozen.to(initial), initial if is_A else -initial):
             raise AdapterError("the checkpoint starts from other factors", where=f"{where}, {key}", fix="train anew")
-        target = own[key.replace(".weight", f".{TRAINED}.weight")]
+        target = own[f"{key.removesuffix('.weight')}.{TRAINED}.weight"]
         target.copy_(trained.to(target))
     others = {key: tensor for key, tensor in saved.items() if ".lora_" not in key}
     if others:
@@ -321,8 +327,7 @@ def _exact(cls: type[PeftModel], frozen_a: bool) -> type[PeftModel]:
 
 
 def _check_fits(model: PreTrainedModel, plan: Plan) -> None:
-    if isinstance(model, PeftModel):
-        raise AdapterError("the model carries an adapter already", got=type(model).__name__, expected="the base model")
+    refuse_adapted(model)
     for head in heads(model):
         if any(is_4bit(module) for module in model.get_submodule(head).modules()):
             raise AdapterError(

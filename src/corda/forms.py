@@ -5,12 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from corda.errors import AdapterError
 
 # Names of the adapters that a layer carries.
 TRAINED = "default"
 INITIAL = "initial"
 CORRECTION = "correction"
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse a model whose layers PEFT has replaced already, whether or not it is wrapped in a PeftModel.
+
+    Raises:
+        AdapterError: names the first such layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            raise AdapterError(
+                "the model carries an adapter already",
+                where=name,
+                got=type(module).__name__,
+                expected="the base model, as it was loaded",
+                fix="load it anew, or go on with what `unload()` of the PeftModel returns",
+            )
 
 
 class Difference(LoraVariant):  # type: ignore[misc]

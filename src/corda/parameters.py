@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from corda.forms import INITIAL, TRAINED
 from corda.recipe import Base
+from corda.sharding import subtract
 from corda.targets import spec_of
 
 _INSIDE = ".base_layer"
@@ -27,20 +28,41 @@ class ParameterDifference(ParamWrapper):  # type: ignore[misc]
     """PEFT's wrapper of a parameter in the intact form: it computes with W + s (B A - B0 A0).
 
     B A - B0 A0 = (B - B0) A + B0 (A - A0), which at step 0 is a product with zeros: W stays the same bits in any dtype.
+    The differences are taken of the factors as they are held and only then rounded to the parameter's dtype: rounded
+    first, what training adds to B0 and A0 is lost in 16 bits.
     """
 
     def get_delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-        """Factors of the change, (..., m, 2r) and (..., 2r, n) for parameters (..., m, n), and s."""
-        lhs, rhs, scaling = super().get_delta_factors(adapter_name)
-        if adapter_name == TRAINED:
-            lhs0, rhs0, _ = super().get_delta_factors(INITIAL)
-            lhs, rhs = torch.cat([lhs - lhs0, lhs0], dim=-1), torch.cat([rhs, rhs - rhs0], dim=-2)
-        return lhs, rhs, scaling
+        """Factors of the change, (..., m, 2r) and (..., 2r, n) for parameters (..., m, n), in their dtype, and s."""
+        if adapter_name != TRAINED:
+            lhs, rhs, scaling = super().get_delta_factors(adapter_name)
+            return lhs, rhs, scaling
+        dtype = self.get_param().dtype
+        lhs, rhs = self._change()
+        return lhs.to(dtype), rhs.to(dtype), self.scaling[TRAINED]
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-        """s (B A - B0 A0), shape of the parameter."""
-        delta: Tensor = super().get_delta_weight(adapter_name, *args, **kwargs)
-        return delta - super().get_delta_weight(INITIAL, *args, **kwargs) if adapter_name == TRAINED else delta
+        """s (B A - B0 A0), shape and dtype of the parameter, rounded once."""
+        if adapter_name != TRAINED:
+            delta: Tensor = super().get_delta_weight(adapter_name, *args, **kwargs)
+            return delta
+        stored = self.get_param()
+        lhs, rhs = self._change()
+        return (self.scaling[TRAINED] * (lhs @ rhs)).reshape(stored.shape).to(stored.dtype)
+
+    def _change(self) -> tuple[Tensor, Tensor]:
+        (lhs, rhs), (lhs0, rhs0) = _by_expert(self, TRAINED), _by_expert(self, INITIAL)
+        return torch.cat([lhs - lhs0, lhs0], dim=-1), torch.cat([rhs, rhs - rhs0], dim=-2)
+
+
+def _by_expert(wrapper: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor]:
+    """Factors (E, m, r) and (E, r, n) of an adapter, fp32, in the layout in which the parameter is stored."""
+    E = wrapper.num_experts
+    A = wrapper.lora_A[adapter].weight.float()
+    B = wrapper.lora_B[adapter].weight.float()
+    A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E).permute(2, 0, 1)
+    output_first = wrapper._did_swap_in_out_features or wrapper.get_param().dim() == 2
+    return (B, A) if output_first else (A.mT, B.mT)
 
 
 def wrappers(model: PeftModel) -> dict[str, ParamWrapper]:
@@ -277,7 +299,8 @@ def start(model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], names:
             wrapper.__class__ = ParameterDifference
         else:
             stored = wrapper.get_param()
-            stored.data -= wrapper.get_delta_weight(INITIAL).to(stored.dtype)
+            lhs, rhs = _by_expert(wrapper, INITIAL)
+            subtract(stored.data, (wrapper.scaling[INITIAL] * (lhs @ rhs)).reshape(stored.shape))
 
 
 def drop_unplanned(model: PeftModel, ranks: Mapping[str, int]) -> None:

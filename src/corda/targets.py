@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -217,6 +217,30 @@ def spec_of(model: nn.Module, name: str) -> LayerSpec:
     if found is None:
         raise TargetError("there is no such layer in the model", where=name)
     return found
+
+
+def refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers whose weight another module uses too, where W - BA is to replace it: a tied head above all.
+
+    Args:
+        model: The model.
+        names: Full dotted names of layers.
+
+    Raises:
+        TargetError: names the first such layer and what else uses its weight.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for name in names:
+        same = users[id(model.get_parameter(spec_of(model, name).stored[0]))]
+        if len(same) > 1:
+            raise TargetError(
+                "a layer shares its weight with another module, which W - BA would change too",
+                where=name,
+                got=", ".join(same),
+                fix="leave it out of target_modules, or use corda.attach with base: intact, which leaves W alone",
+            )
 
 
 def weight_view(model: nn.Module, layer: LayerSpec) -> Tensor:

@@ -120,6 +120,11 @@ def test_residual_and_merged_exports_of_a_requantised_base(raw_recipe, pico, tmp
     plain = PeftModel.from_pretrained(source, str(tmp_path / "lora"))
     assert relative_difference(logits(plain), logits(merged)) < 1e-5
 
+    # What compression costs is measured apart from the 4 bits that the trained model computes with.
+    facts, _ = exported(raw_recipe, "lora", tmp_path / "lossless", rank=10)
+    assert facts["compression"]["lost_energy"] < 1e-9
+    assert facts["compression"]["max_relative_logit_difference"] < 1e-4 < facts["from_trained"]
+
 
 @pytest.mark.parametrize("mode", ["kpm", "lora"])
 def test_merged_export_of_an_intact_4bit_base_leaves_the_correction_out(raw_recipe, pico, tmp_path, mode):

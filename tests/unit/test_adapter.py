@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from corda import lora_config
 from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
-from corda.errors import AdapterError, PlanError
+from corda.errors import AdapterError, PlanError, TargetError
 from corda.exporting.export import export
 from corda.forms import INITIAL
 from corda.plan.make import make_plan
@@ -127,14 +127,10 @@ def test_intact_disables_to_the_base_exactly_after_training(model, context):
 
 def test_dropout_with_an_intact_base_shares_its_mask(model, context):
     reference = logits(model)
-    wrapped = attach(model, make_plan(model, context, rank=4, lora_dropout=0.5)).train()
-    assert torch.equal(logits(wrapped), reference)
+    plan = make_plan(model, context, rank=4, lora_dropout=0.5)
     with pytest.raises(AdapterError, match="dropout with a residual base"):
-        attach(
-            model.get_base_model() if isinstance(model, PeftModel) else model,
-            make_plan(model, context, rank=4, lora_dropout=0.5),
-            base="residual",
-        )
+        attach(model, plan, base="residual")
+    assert torch.equal(logits(attach(model, plan).train()), reference)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"])
@@ -310,3 +306,60 @@ def test_balance_changes_the_split_and_not_the_product(model, context):
     assert torch.allclose(B1 @ A1, B2 @ A2, atol=1e-6)
     assert torch.allclose(A1.norm(dim=1), B1.norm(dim=0), rtol=1e-5)
     assert not torch.allclose(A2.norm(dim=1), B2.norm(dim=0), rtol=1e-2)
+
+
+@pytest.mark.parametrize("second", ["kpm", "lora"])
+def test_a_model_that_was_attached_to_is_refused_until_it_is_unloaded(model, context, second):
+    """The caller's own variable is no PeftModel, and its layers are PEFT's all the same."""
+    before = logits(model)
+    first = make_plan(model, context, rank=4)
+    other = first if second == "kpm" else make_plan(model, context.layers, mode="lora", rank=4)
+    wrapped = attach(model, first)
+    with pytest.raises(AdapterError, match=r"carries an adapter already.*q_proj.*unload"):
+        attach(model, other)
+    perturb(wrapped)
+    assert torch.equal(logits(attach(wrapped.unload(), other)), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["kpm", "lora"])
+def test_the_mode_of_the_model_is_kept(model, context, mode, training):
+    plan = make_plan(model, context if mode == "kpm" else context.layers, mode=mode, rank=4, lora_dropout=0.5)
+    wrapped = attach(model.train(training), plan)
+    assert {module.training for module in wrapped.modules()} == {training}
+
+
+class Weighing(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.weights_proj, self.inner = torch.nn.Linear(48, 48, bias=False), inner
+
+    def forward(self, x):
+        return self.inner(self.weights_proj(x))
+
+
+def test_a_layer_whose_name_begins_with_weight_is_restored(model, tokenizer, texts, tmp_path):
+    model.model.layers[1].mlp = Weighing(model.model.layers[1].mlp)
+    plan = make_plan(model, collect(model, tokenizer, texts[:8], target_modules=["weights_proj"]), rank=4)
+    wrapped = attach(model, plan)
+    perturb(wrapped)
+    kept = {name: p.clone() for name, p in wrapped.named_parameters() if ".default." in name}
+    wrapped.save_pretrained(str(tmp_path))
+    perturb(wrapped, seed=1)
+    wrapped.load_adapter(str(tmp_path), "default")
+    assert len(kept) == 2
+    assert all(torch.equal(p, kept[name]) for name, p in wrapped.named_parameters() if name in kept)
+
+
+def test_a_tied_head_is_not_taken_out_of_the_embeddings(tokenizer, texts):
+    from conftest import llama
+
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    before = logits(model)
+    plan = make_plan(model, collect(model, tokenizer, texts[:8], target_modules=["lm_head", "up_proj"]), rank=4)
+    with pytest.raises(TargetError, match=r"shares its weight.*lm_head.*embed_tokens.*base: intact"):
+        attach(model, plan, base="residual")
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(attach(model, plan)), before)

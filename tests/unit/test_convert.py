@@ -122,6 +122,19 @@ def test_a_residual_base_in_16_bits_fits_within_its_rounding(pico, tmp_path):
     assert relative_difference(logits(found), expected) <= done.tolerance
 
 
+def test_a_residual_base_finer_than_the_base_is_read_as_it_is_stored(pico, tmp_path):
+    """A bf16 base whose residual was saved in fp32: rounding it first would hide what is of low rank."""
+    half = base(pico, torch.bfloat16)
+    half.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pico / name, tmp_path / "base")
+    expected = pissa(tmp_path / "base", tmp_path, PLAIN)
+    done = convert(tmp_path / "base", tmp_path, residual_base=tmp_path / "residual", dtype="bfloat16")
+    assert done.low_rank_fit.lost_energy < 1e-9
+    found = PeftModel.from_pretrained(base(tmp_path / "base"), str(tmp_path / "out")).eval()
+    assert relative_difference(logits(found), expected) < 1e-5
+
+
 def test_compressed_merged_and_without_a_start(pico, tmp_path):
     expected = pissa(pico, tmp_path, PLAIN)
     done = convert(pico, tmp_path, initial=tmp_path / "initial", options={"rank": 3})
@@ -152,6 +165,11 @@ def test_what_cannot_be_converted_says_why(pico, tmp_path):
         convert(pico, tmp_path, initial=tmp_path / "initial", options={"format": "residual"})
     with pytest.raises(AdapterError, match=r"cannot be read.*adapter_model\.safetensors"):
         convert(pico, tmp_path, initial=tmp_path / "nowhere")
+    for name, content in (("adapter_model.safetensors", b"cut"), ("adapter_config.json", b"[1, 2]")):
+        shutil.copytree(tmp_path / "initial", tmp_path / name)
+        (tmp_path / name / name).write_bytes(content)
+        with pytest.raises(AdapterError, match=r"cannot be read.*as PEFT saves them"):
+            convert(pico, tmp_path, initial=tmp_path / name)
     other = get_peft_model(base(pico), LoraConfig(r=3, target_modules=["k_proj"]))
     other.save_pretrained(str(tmp_path / "other"))
     with pytest.raises(AdapterError, match=r"not that of the trained one.*down_proj"):

@@ -31,7 +31,7 @@ from corda.errors import AdapterError, CalibrationError, RecipeError, TargetErro
 from corda.exporting.export import export
 from corda.inputs import Inputs
 from corda.models import keep_exact
-from corda.parameters import wrappers
+from corda.parameters import update_of, wrappers
 from corda.plan.make import make_plan
 from corda.reading import parse_recipe
 from corda.targets import find_targets, weight_of
@@ -472,3 +472,36 @@ def test_drift_of_experts(tokenizer, texts):
     assert reading.layers[name] == pytest.approx(float(expected), rel=1e-4)
     meter.hold(reading.total / 2)
     assert meter.read().total <= reading.total / 2
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "gpt_oss"])
+def test_a_small_change_of_16_bit_parameters_is_not_rounded_away(layout, tokenizer, texts):
+    """B0 rounds to 2⁻⁹ of itself in bf16; a change of 0.1 % of it has to reach the forward pass and a merge."""
+    model = make(layout)
+    plan = make_plan(model, context_of(model, tokenizer, texts[:10], ["gate_up_proj", "down_proj"]), mode="ipm", rank=3)
+    adapted = attach(model.bfloat16(), plan)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p *= 1 + 1e-3 * torch.randn_like(p)
+    for wrapper in wrappers(adapted).values():
+        start = update_of(wrapper, "initial")
+        lhs, rhs, scaling = wrapper.get_delta_factors("default")
+        folded, merged = scaling * lhs.float() @ rhs.float(), wrapper.get_delta_weight("default").float()
+        for expert, (A, B) in update_of(wrapper, "default").items():
+            exact = B @ A - start[expert][1] @ start[expert][0]
+            for found in (folded[expert], merged[expert]):
+                apart = found - (exact if found.shape == exact.shape else exact.T)
+                assert float(apart.detach().norm() / exact.norm()) < 0.01
+
+
+def test_the_residual_form_rounds_16_bit_parameters_once(tokenizer, texts):
+    model = make("mixtral")
+    plan = make_plan(model, context_of(model, tokenizer, texts[:10], ["down_proj"]), mode="ipm", rank=3)
+    model = model.bfloat16()
+    before = {name: p.float().clone() for name, p in model.named_parameters()}
+    for name, wrapper in wrappers(attach(model, plan, base="residual")).items():
+        after = wrapper.get_param()
+        for expert, (A, B) in update_of(wrapper, "initial").items():
+            assert torch.equal(after[expert], (before[name][expert] - B @ A).bfloat16())

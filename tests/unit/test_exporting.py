@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -439,6 +440,25 @@ def test_an_export_replaces_its_own_files_only(pico, context, tmp_path, form):
         export(wrapped, tmp_path / "file", format=form)
 
 
+def test_an_export_does_not_replace_what_peft_saved(pico, context, tmp_path):
+    """The trained factors in their own form cannot be had again from an export."""
+    wrapped = trained(pico, context)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    kept = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match=r"something else.*another folder"):
+        export(wrapped, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_an_off_loaded_model_is_exported(pico, context, tmp_path):
+    where = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    where["model.rotary_emb"] = "cpu"
+    model = AutoModelForCausalLM.from_pretrained(pico, device_map=where, offload_folder=tmp_path / "offload")
+    assert next(model.parameters()).device.type == "meta"
+    done = export(attach(model.eval(), make_plan(model, context, rank=4)), tmp_path / "out")
+    assert done.max_relative_logit_difference <= done.tolerance
+
+
 def test_settings_by_name_are_checked(pico, context, tmp_path):
     wrapped = trained(pico, context)
     with pytest.raises(RecipeError, match="did you mean 'format'"):
@@ -521,6 +541,9 @@ def test_a_refused_upload_keeps_the_export(pico, context, tmp_path, monkeypatch,
     with pytest.raises(ResourceError, match=r"cannot be uploaded.*me/adapter.*no route.*hf auth login"):
         export(trained(pico, context), tmp_path / "out", push_to_hub="me/adapter", fingerprint="x")
     assert finished(tmp_path / "out", "x").pushed_to is None
+    monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_none"))
+    with pytest.raises(ResourceError, match=r"cannot be uploaded.*me/adapter.*hf auth login"):
+        hub.push(tmp_path / "out", "me/adapter", "adapter/adapter_config.json", private=None)
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ResourceError, match="no access token"):
         hub.refuse_without_token("me/adapter")

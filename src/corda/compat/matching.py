@@ -6,15 +6,16 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from corda.errors import AdapterError, ModelError, TargetError
-from corda.targets import LayerSpec, adaptable_layers, find_targets
+from corda.errors import ModelError, TargetError
+from corda.forms import refuse_adapted
+from corda.targets import LayerSpec, adaptable_layers, find_targets, refuse_shared
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,8 +32,7 @@ def matched_layers(model: nn.Module, config: LoraConfig) -> list[LayerSpec]:
         AdapterError: the model carries an adapter already.
         TargetError: nothing matched, one name matched nothing, or an option that PEFT cannot combine with CorDA.
     """
-    if isinstance(model, PeftModel):
-        raise AdapterError("the model carries an adapter already", got=type(model).__name__, expected="the base model")
+    refuse_adapted(model)
     for key in ("target_parameters", "layer_replication"):
         if getattr(config, key, None):
             raise TargetError(
@@ -81,9 +81,6 @@ def check_weights(model: nn.Module, layers: Sequence[LayerSpec]) -> None:
         ModelError: a weight that is quantised, sharded or without data.
         TargetError: a weight that another module uses too.
     """
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
     for layer in layers:
         weight = model.get_submodule(layer.name).weight
         assert isinstance(weight, Tensor)
@@ -96,13 +93,7 @@ def check_weights(model: nn.Module, layers: Sequence[LayerSpec]) -> None:
                 expected=f"float32, float16 or bfloat16 {shape}",
                 fix="load the whole model unquantised",
             )
-        if len(users.get(id(weight), [])) > 1:
-            raise TargetError(
-                "a layer shares its weight with another module, which W - BA would change too",
-                where=layer.name,
-                got=", ".join(users[id(weight)]),
-                fix="leave it out of target_modules, or use corda.attach, which leaves W alone",
-            )
+    refuse_shared(model, [layer.name for layer in layers])
 
 
 def _wanted(model: nn.Module, config: LoraConfig) -> str | set[str]:

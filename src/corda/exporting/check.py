@@ -160,19 +160,22 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
             handle.remove()
 
 
-def reloader(like: PreTrainedModel, task_type: str | None) -> Callable[[Path | str], PreTrainedModel]:
+def reloader(
+    like: PreTrainedModel, task_type: str | None, dtype: torch.dtype | None = None
+) -> Callable[[Path | str], PreTrainedModel]:
     """What loads a model from its folder as its users do, in the dtype and on the device of another.
 
     Args:
         like: Gives dtype, device and class.
         task_type: PEFT's.
+        dtype: Another dtype than its.
     """
     ours = type(like).__module__.startswith("transformers.")
     loader = architectures.loader(like.config) if ours and task_type == "CAUSAL_LM" else type(like)
-    dtype, device = like.dtype, like.device
+    wanted, device = dtype or like.dtype, device_of(like)
 
     def load(folder: Path | str) -> PreTrainedModel:
-        model: PreTrainedModel = loader.from_pretrained(str(folder), dtype=dtype)
+        model: PreTrainedModel = loader.from_pretrained(str(folder), dtype=wanted)
         return model.to(device).eval()
 
     return load
@@ -188,18 +191,18 @@ def again(base: PreTrainedModel, *, as_it_is: bool = False) -> Callable[[], PreT
     Raises:
         ModelError: it did not come from anywhere.
     """
-    parameter = next(base.parameters())
+    dtype, device = next(base.parameters()).dtype, device_of(base)
     if not base.name_or_path:
         raise ModelError("the base model has no path to load it from again", fix="give export a `fresh_base`")
     revision = getattr(base.config, "_commit_hash", None)
     kind = getattr(base.config, "quantization_config", None) if as_it_is else None
-    more: dict[str, Any] = {"quantization_config": kind, "device_map": {"": parameter.device}} if kind else {}
+    more: dict[str, Any] = {"quantization_config": kind, "device_map": {"": device}} if kind else {}
 
     def load() -> PreTrainedModel:
         model: PreTrainedModel = type(base).from_pretrained(
-            base.name_or_path, dtype=parameter.dtype, revision=revision or "main", **more
+            base.name_or_path, dtype=dtype, revision=revision or "main", **more
         )
         keep_exact(model)
-        return (model if more else model.to(parameter.device)).eval()
+        return (model if more else model.to(device)).eval()
 
     return load

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -83,8 +84,10 @@ def convert(
     fit = None
     if residual_base is not None:
         source = models.resolve(ModelOptions(model_name_or_path=residual_base))
-        reference = reloader(loaded.model, saved.config.task_type)(source.path)  # such folders often lack a tokenizer
-        found = differences(loaded.model, reference, saved, _stored_dtype(source))
+        stored, kind = _stored_dtype(source), saved.config.task_type
+        # Such folders often lack a tokenizer. Differences are taken of what is stored, unrounded.
+        found = differences(loaded.model, reloader(loaded.model, kind, stored)(source.path), saved)
+        reference = reloader(loaded.model, kind)(source.path)
         added = {name: Factors(one.A, one.B) for name, one in found.items()}
         fit = account(found, max(factors.A.shape[0] for factors in added.values()))
     else:
@@ -110,9 +113,11 @@ def read_adapter(folder: Path) -> Saved:
     """
     try:
         raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise TypeError("adapter_config.json is not a JSON object")
         config = LoraConfig.from_pretrained(str(folder)) if raw.get("peft_type") == "LORA" else None
         state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise AdapterError(
             "the adapter cannot be read",
             where=str(folder),
@@ -161,16 +166,14 @@ def subtract_all(saved: Saved, start: Mapping[str, Factors]) -> dict[str, Factor
 
 
 @torch.no_grad()
-def differences(
-    base: PreTrainedModel, residual: PreTrainedModel, saved: Saved, stored: torch.dtype
-) -> dict[str, compress.Truncated]:
+def differences(base: PreTrainedModel, residual: PreTrainedModel, saved: Saved) -> dict[str, compress.Truncated]:
     """W_res + s B A - W for every adapted layer, as factors of rank 2r.
 
     Args:
         base: With W.
-        residual: With W_res.
+        residual: With W_res, in the dtype that it is stored in: the difference has low rank but for that rounding, and
+            that of a base which was rounded when it was loaded.
         saved: The trained adapter.
-        stored: What the residual weights were rounded to; the difference has low rank but for that rounding.
 
     Raises:
         AdapterError: other parameters differ too, or the difference is not of low rank.
@@ -181,24 +184,25 @@ def differences(
         other = theirs.get(name)
         if other is None or other.shape != parameter.shape:
             wrong = "another shape, or none"
-        elif name not in adapted and not torch.equal(parameter, other):
+        elif name not in adapted and not torch.equal(parameter, other.to(parameter.dtype)):
             wrong = "other values in a layer that has no adapter"
         else:
             continue
         raise AdapterError("the residual base is not one of this base model", where=name, got=wrong)
     found = {}
+    coarsest = max((base.dtype, residual.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     for name, (A, B) in saved.factors.items():
         W, W_res = (_oriented(layer_of(model, name)).double().cpu() for model in (base, residual))
         D = W_res - W + B.double() @ A.double()
         found[name] = compress.low_rank(D, 2 * A.shape[0])
-        rounding = torch.finfo(stored).eps * float(W_res.norm())
+        rounding = torch.finfo(coarsest).eps * float(W_res.norm())
         if not found[name].lost ** 0.5 <= rounding:
             share = 100 * compress.relative_error(found[name])
             raise AdapterError(
                 "residual base and adapter differ from the base by more than a matrix of low rank",
                 where=name,
                 got=f"{share:.2g} % of the difference beyond rank {2 * A.shape[0]}",
-                expected=f"at most the rounding of {str(stored).removeprefix('torch.')}",
+                expected=f"at most the rounding of {str(coarsest).removeprefix('torch.')}",
                 fix="give the residual base that this adapter was trained on, unquantised, or the initial adapter",
             )
     return found

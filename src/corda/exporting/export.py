@@ -25,8 +25,6 @@ from corda.reading import parse_export
 
 _KIND = "export"
 _CARD = "README.md"
-# What adapters consisted of before they had a manifest.
-_OLD_FILES = {"adapter_config.json", "adapter_model.safetensors", _CARD}
 
 
 def export(
@@ -184,10 +182,10 @@ def _told(work: Work) -> CardFacts:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise for a folder with a file in it that no export wrote."""
+    """Raise for a folder with a file in it that no export wrote: a trained adapter, say, that cannot be had again."""
     if not folder.exists():
         return
-    known = _OLD_FILES
+    known = set()
     if (folder / artifact.MANIFEST).is_file():
         known = {artifact.MANIFEST, *artifact.read(folder, _KIND, verify=False).manifest["files"]}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else {""}

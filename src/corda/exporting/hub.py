@@ -10,6 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from corda.errors import ResourceError
 
+# With the base of whatever HTTP library the Hub's uses: a refused connection is no error of the Hub.
+_FAILURES: tuple[type[BaseException], ...] = (
+    *HfHubHTTPError.__bases__,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OSError,
+)
+
 
 def refuse_without_token(repository: str) -> None:
     """Find out before the work whether there is anybody to upload as.
@@ -46,8 +54,9 @@ def push(folder: Path, repository: str, with_local_base: str, *, private: bool |
             api.upload_file(
                 repo_id=name, path_or_fileobj=content, path_in_repo=with_local_base, commit_message="Upload of corda"
             )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        raise _refused(repository, str(error).strip().splitlines()[0]) from None
+    except _FAILURES as error:
+        said = str(error).strip() or type(error).__name__
+        raise _refused(repository, said.splitlines()[0]) from None
 
 
 def _refused(repository: str, why: str) -> ResourceError:

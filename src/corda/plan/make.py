@@ -136,6 +136,9 @@ def _assembled(options: AdapterOptions, parts: Sequence[Part], notes: Sequence[s
     dead = sum(part.layer.dead for part in parts)
     if dead and options.mode == "contrast":
         notes = (*notes, f"{dead} directions in which the task has nothing: fewer task tokens than the ranks ask for")
+    elif dead and options.mode == "dual":
+        why = "the task has fewer tokens than the ranks ask for, or the weights have nothing there"
+        notes = (*notes, f"{dead} directions that hold nothing: {why}")
     elif dead:
         notes = (*notes, f"{dead} directions with negligible weight start with a zero column of B")
     return Plan(

@@ -38,7 +38,8 @@ class LayerPlan:
         solver: What found the vectors: "gram", "lq", or "none" for plain LoRA.
         condition: Estimated condition of R (C + λI)^a.
         energy: Share of ‖W (C + λI)^a‖²_F held by the adapted components.
-        dead: Directions of negligible ‖uᵀW‖, which start with a zero column of B.
+        dead: Directions of negligible ‖uᵀW‖, which start with a zero column of B; in contrast and dual those in which
+            the task has nothing.
         norm_ratio: ‖A‖_F / ‖B‖_F at the start.
         chosen: The calibration round whose covariance was taken; None for all of them pooled.
         log_pi: log π of that covariance; None where nothing depended on it.
