@@ -57,6 +57,23 @@ def seal(checkpoint: Path) -> None:
         disk.sync(checkpoint.parent)
 
 
+def anew(folder: Path, fingerprint: str) -> None:
+    """Let all checkpoints go and claim the folder, for a training that is not to be continued from any.
+
+    Args:
+        folder: For the checkpoints.
+        fingerprint: Of all that the training depends on.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    _claim(folder, fingerprint)
+
+
+def _claim(folder: Path, fingerprint: str) -> None:
+    artifact.make_folder(folder)
+    artifact.write_json(folder / _OWNER, {"fingerprint": fingerprint})
+
+
 def last(folder: Path, fingerprint: str, limit: int | None = None) -> str | None:
     """The last whole checkpoint of this very training.
 
@@ -72,8 +89,7 @@ def last(folder: Path, fingerprint: str, limit: int | None = None) -> str | None
     known = artifact.read_json(owner) if owner.is_file() else None
     if folder.exists() and known != {"fingerprint": fingerprint}:
         shutil.rmtree(folder)
-    artifact.make_folder(folder)
-    artifact.write_json(owner, {"fingerprint": fingerprint})
+    _claim(folder, fingerprint)
     for checkpoint in sorted(folder.glob("checkpoint-*")):
         if not (checkpoint / _SEAL).is_file():
             shutil.rmtree(checkpoint)

@@ -102,7 +102,7 @@ class Inputs:
                 self.tokenizer,
                 max_length=r.data.max_length,
                 order=order,
-                encoding=self.kind.encode,
+                encoding=self.kind.encode_kept if side == "keep" else self.kind.encode,
             )
             drawn += draw(options.rounds, samples=options.samples, tokens=options.tokens, pack_to=options.pack_to)
             names += [side] * options.rounds

@@ -117,11 +117,13 @@ def load(options: ModelOptions) -> Loaded:
             )
     config = config_of(source, options)
     loader = architectures.loader(config, options.task)
-    if options.task in {"sequence-classification", "token-classification"} and config.pad_token_id is None:
-        common["pad_token_id"] = tokenizer.pad_token_id  # a decoder's class is read off its last token that is no pad
     with _reading(source), torch.random.fork_rng():
         torch.manual_seed(options.head_seed or 0)  # of what the checkpoint has no weights for
         model = loader.from_pretrained(source.path, dtype=dtype, **common)
+    if options.task == "sequence-classification" and tokenizer.pad_token_id is not None:
+        # A decoder's class is read off its last token that is no pad: none of those that batches are filled with.
+        for one in (model.config, model.config.get_text_config()):
+            one.pad_token_id = tokenizer.pad_token_id
     if kind is not None:
         keep_exact(model)
     elif not spread:

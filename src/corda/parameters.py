@@ -48,7 +48,8 @@ class ParameterDifference(ParamWrapper):  # type: ignore[misc]
             return delta
         stored = self.get_param()
         lhs, rhs = self._change()
-        return (self.scaling[TRAINED] * (lhs @ rhs)).reshape(stored.shape).to(stored.dtype)
+        change: Tensor = self.scaling[TRAINED] * (lhs @ rhs)
+        return change.reshape(stored.shape).to(stored.dtype)
 
     def _change(self) -> tuple[Tensor, Tensor]:
         (lhs, rhs), (lhs0, rhs0) = _by_expert(self, TRAINED), _by_expert(self, INITIAL)

@@ -93,6 +93,8 @@ def train(
     limit, found = (options.model_extra or {}).get("save_total_limit"), None
     if processes.first and options.resume_from_checkpoint:
         found = checkpoints.last(folder, fingerprint, limit)
+    elif processes.first:
+        checkpoints.anew(folder, fingerprint)
     resume = processes.tell(found)
     if resume is not None and (finished := checkpoints.finished(Path(resume))) is not None:
         model.load_adapter(resume, TRAINED)

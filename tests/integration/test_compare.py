@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import WORDS, write_jsonl
 from typer.testing import CliRunner
 
 from corda import artifact, models
 from corda.cli.app import app
-from corda.comparing.cell import recipe_inputs, result_path, run_cell
+from corda.comparing.cell import _fingerprint, recipe_inputs, result_path, run_cell
 from corda.comparing.compare import compare, gathered
 from corda.comparing.fairness import check
 from corda.comparing.peft_made import build
@@ -133,6 +134,46 @@ def test_an_adapter_that_peft_made_has_not_drifted_at_its_start(tmp_path, name):
     assert still["total"] < 1e-5
     assert moved["total"] > 1e-3
     assert moved["held_out"] > 1e-3
+
+
+def test_eva_is_run_again_where_its_calibration_changes(tmp_path):
+    raw = smoke_study(tmp_path, ["lora", "eva", "kpm"]).model_dump(mode="json")
+    raw["base"]["training"]["drift_meter"] = False
+    fingerprints = []
+    for samples in (8, 16):
+        raw["base"]["context"] = raw["base"].get("context", {}) | {"samples": samples}
+        study = parse_study(raw)
+        chosen = [Cell(name, 1e-3, 0) for name in ("lora", "eva", "kpm")]
+        fingerprints.append([_fingerprint(study, one, recipe_inputs(study, one)) for one in chosen])
+    assert [a == b for a, b in zip(*fingerprints, strict=True)] == [True, False, False]
+
+
+def test_a_classifiers_head_is_counted_for_no_method(tmp_path):
+    """transformers' and PEFT's methods train it alike; corda's count leaves it out."""
+    raw = smoke_study(tmp_path / "study", ["lora", "lora_frozen_a", "lora_null"]).model_dump(mode="json")
+    rows = [{"text": f"The {w} is {i}.", "label": i % 2} for i, w in enumerate(WORDS * 9)]
+    for name, part in (("learn", rows[:40]), ("test", rows[40:])):
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+    write_jsonl(tmp_path / "keep.jsonl", [{"text": f"Some {w} that is to be kept."} for w in WORDS])
+    base = raw["base"]
+    base["model"] |= {"task": "sequence-classification", "num_labels": 2}
+    base["data"] = {"data_dir": str(tmp_path), "learn": "learn.jsonl", "keep": "keep.jsonl", "max_length": 64}
+    base["training"]["max_steps"] = 1
+    base["evaluation"] = {
+        "tasks": {
+            "task": {"measures": "learn", "metrics": ["loss"], "dataset": {"dataset": "test.jsonl", "part": [0, 10]}},
+            "dev": {"measures": "learn", "metrics": ["loss"], "dataset": {"dataset": "test.jsonl", "part": [10, 20]}},
+            "kept": {"measures": "keep", "metrics": ["loss"], "dataset": {"dataset": "test.jsonl", "part": [20, 30]}},
+        }
+    }
+    study = parse_study(
+        raw | {"learn": "task/loss", "development": "dev/loss", "keep": ["kept/loss"], "unseen": ["kept"]}
+    )
+    counts = {
+        name: run_cell(study, Cell(name, 1e-3, 0), device="cpu", reference=None)["trainable_parameters"]
+        for name in ("lora", "lora_null")
+    }
+    assert counts["lora_null"] == counts["lora"] > 0
 
 
 def test_what_cannot_be_had_is_listed_with_its_reason(tmp_path, monkeypatch):

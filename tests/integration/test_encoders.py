@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +33,10 @@ from corda.context import store
 from corda.data.labelled import words_tokenised
 from corda.errors import DataError, ModelError, RecipeError
 from corda.estimate.estimate import estimate
+from corda.evaluation.classification import class_logits
 from corda.inputs import Inputs
 from corda.kinds.labels import mean_loss
-from corda.models import Source, load_tokenizer
+from corda.models import Source, load, load_tokenizer
 from corda.options import ModelOptions
 from corda.reading import parse_recipe
 from corda.training import train
@@ -269,6 +271,21 @@ def test_knowledge_to_keep_needs_no_labels(classify):
     assert store.load(artifact.read(parse_recipe(raw).output_dir / "context", "context")).layers
 
 
+def test_labels_of_what_is_kept_may_be_those_of_another_set(classify, tag, moods):
+    """Four kinds of news beside three moods: nothing but the texts is looked at."""
+    news = [{"sentence": f"News of {w} today.", "label": i % 4} for i, w in enumerate(WORDS)]
+    write_jsonl(moods / "news.jsonl", news)
+    for raw, kept in ((classify(mode="kpm"), "news.jsonl"), (tag(mode="kpm"), "kept_tags.jsonl")):
+        words = [{"tokens": ["News", "of", w], "tags": ["X", "X", "Y"]} for w in WORDS]
+        write_jsonl(Path(raw["data"]["data_dir"]) / "kept_tags.jsonl", words)
+        raw["data"]["keep"] = kept
+        inputs = Inputs(parse_recipe(raw))
+        [chosen, *_], _ = inputs.calibration()
+        assert len(chosen) == len(WORDS)
+        texts = {inputs.tokenizer.decode(one.ids, skip_special_tokens=True) for one in chosen}
+        assert all("News" in text for text in texts)
+
+
 def test_a_merged_export_is_a_classifier_with_named_classes(classify):
     raw = classify()
     raw["export"] = {"format": "merged"}
@@ -288,6 +305,24 @@ def test_a_decoder_with_a_head_runs_too(classify, tmp_path):
     results = pipeline.run(parse_recipe(raw))
     assert results["step0"]["max_relative_logit_difference"] <= 1e-5
     assert results["export"]["max_relative_logit_difference"] <= 1e-5
+
+
+def test_a_class_is_read_off_the_last_token_whatever_the_config_takes_for_a_pad(classify, tmp_path):
+    folder, tokenizer = tmp_path / "llama", byte_tokenizer()
+    body = llama()
+    body.config.pad_token_id = 7
+    body.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    raw = classify()
+    raw["model"]["model_name_or_path"] = str(folder)
+    inputs = Inputs(parse_recipe(raw))
+    assert inputs.tokenizer.pad_token_id != 7
+    model = load(inputs.model).model
+    encoded = [inputs.kind.encode(record) for record in inputs.learn_records[:6]]
+    assert len({len(one) for one in encoded}) > 1
+    alone, together = (class_logits(model, encoded, inputs.tokenizer.pad_token_id, size) for size in (1, 6))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other), atol=1e-5)
 
 
 def test_a_checkpoint_with_a_head_keeps_it(classify, tmp_path):
@@ -524,6 +559,18 @@ def test_a_right_answer_of_a_decoder_beside_an_encoder_is_found(ask):
     found = kind.evaluate(Parrot(), [replace(task, records=tuple(records))])
     assert found.values["sums/exact_match"].value == 0.5
     assert {one["generated"] for one in found.answers["sums"]} == {"3"}
+
+
+def test_a_checkpoints_own_habits_of_generating_do_not_count(ask):
+    kind = Inputs(parse_recipe(ask())).kind
+    [task] = kind.tasks
+    task = replace(task, options=task.options.model_copy(update={"metrics": ["exact_match"]}), records=task.records[:4])
+    model = load(Inputs(parse_recipe(ask())).model).model
+    plain = kind.evaluate(model, [task]).answers["sums"]
+    habits = {"min_length": 7, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1}
+    for name, value in habits.items():
+        setattr(model.generation_config, name, value)
+    assert kind.evaluate(model, [task]).answers["sums"] == plain
 
 
 @pytest.mark.parametrize(

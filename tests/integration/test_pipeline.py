@@ -103,10 +103,9 @@ def test_scores_of_the_same_base_are_taken_over(raw_recipe, tmp_path, monkeypatc
     assert second["scores"]["before"] == first["scores"]["before"]
 
 
-def test_an_interrupted_training_continues_from_its_checkpoint(raw_recipe, tmp_path, monkeypatch):
-    raw_recipe["training"] |= {"max_steps": 6, "save_steps": 2}
-    straight = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "straight")}))
-
+def interrupt(raw, monkeypatch):
+    """Run a recipe as far as the fifth step of its training."""
+    import trl
     from transformers import TrainerCallback
 
     class Interrupt(TrainerCallback):
@@ -114,20 +113,36 @@ def test_an_interrupted_training_continues_from_its_checkpoint(raw_recipe, tmp_p
             if state.global_step == 5:
                 raise KeyboardInterrupt
 
-    import trl
-
     original = trl.SFTTrainer.__init__
     with monkeypatch.context() as patch:
         patch.setattr(
             trl.SFTTrainer, "__init__", lambda self, *a, **k: original(self, *a, callbacks=[Interrupt()], **k)
         )
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(parse_recipe(raw_recipe))
+            pipeline.run(parse_recipe(raw))
+
+
+def test_an_interrupted_training_continues_from_its_checkpoint(raw_recipe, tmp_path, monkeypatch):
+    raw_recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    straight = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "straight")}))
+    interrupt(raw_recipe, monkeypatch)
     run = tmp_path / "run"
     assert not (run / "train").exists()
     assert (run / "checkpoints" / "checkpoint-4").is_dir()
     resumed = pipeline.run(parse_recipe(raw_recipe))
     assert resumed["train"]["step"] == straight["train"]["step"] == [1, 2, 3, 4, 5, 6]
+    assert resumed["train"]["loss"] == pytest.approx(straight["train"]["loss"], rel=1e-4)
+
+
+def test_a_training_never_continues_from_one_that_was_not_to_be_continued(raw_recipe, tmp_path, monkeypatch):
+    """The second one begins anew in the folder of the first; its checkpoints are not those of the first's recipe."""
+    raw_recipe["training"] |= {"max_steps": 6, "save_steps": 2}
+    straight = pipeline.run(parse_recipe(raw_recipe | {"output_dir": str(tmp_path / "straight")}))
+    interrupt(raw_recipe, monkeypatch)
+    other = {**raw_recipe["training"], "learning_rate": 0.05, "resume_from_checkpoint": False}
+    interrupt(raw_recipe | {"training": other}, monkeypatch)
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4").is_dir()
+    resumed = pipeline.run(parse_recipe(raw_recipe))
     assert resumed["train"]["loss"] == pytest.approx(straight["train"]["loss"], rel=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -126,6 +127,19 @@ def test_ticks_cover_both_signs(values: list[float]) -> None:
     assert "0" in texts
     assert any(text.startswith("-") for text in texts) == (min(values) < -0.006)
     assert any(text.startswith("+") for text in texts) == (max(values) > 0.006)
+
+
+def test_what_is_retained_is_of_each_seeds_own_base(comparison: dict) -> None:
+    """Seeds may draw other records; where nothing changed, all of it is retained."""
+    keep, runs = "facts/answer_loss", []
+    for seed, base in ((0, 0.4), (1, 1.9)):
+        one = copy.deepcopy(comparison["runs"][0]) | {"seed": seed}
+        for side in ("before", "after"):
+            one["scores"][side][keep]["value"] = base
+        runs.append(one)
+    best = conclusions(parse_study(STUDY), runs)["best"]["lora"]["scores"][keep]
+    assert best["retained"] == pytest.approx(100)
+    assert best["base"] == pytest.approx(1.15)
 
 
 def test_equal_loss_is_one_table_with_the_details_folded_away(comparison: dict, tmp_path) -> None:

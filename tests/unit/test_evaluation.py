@@ -12,7 +12,7 @@ from corda.data.formats import to_records
 from corda.errors import DataError
 from corda.evaluation import generation
 from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap
-from corda.evaluation.generation import exact_match, generate, normalise
+from corda.evaluation.generation import exact_match, generate, judged, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
 from corda.evaluation.scores import change, mean, ratio
 from corda.reading import parse_recipe
@@ -47,6 +47,25 @@ def test_losses_come_in_the_order_given(model, tokenizer, records):
     for i in (0, 7, 19):
         alone = token_losses(model, [encoded[i]], 0, 1)[0]
         assert torch.allclose(together[i], alone, atol=1e-5)
+
+
+class Heedless(torch.nn.Module):
+    """A model that takes `logits_to_keep` and answers with all logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, logits_to_keep=None, **given):
+        return self.inner(**given)
+
+
+def test_a_model_that_does_not_heed_logits_to_keep_is_scored_the_same(model, tokenizer, records):
+    encoded = [encode(r, tokenizer) for r in records[:7]]
+    for ours, theirs in zip(
+        token_losses(Heedless(model), encoded, 0, 3), token_losses(model, encoded, 0, 3), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_standard_errors():
@@ -152,10 +171,36 @@ def test_answer_after_compares_the_tail_only(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("one", "two", "same"),
-    [("2,125", "2125", True), ("-5", "5", False), ("-5", "−5", True), ("a (5)", "5", True), ("3-4", "3 4", True)],
+    [
+        ("2,125", "2125", True),
+        ("-5", "5", False),
+        ("-5", "−5", True),
+        ("a (5)", "5", True),
+        ("3-4", "3 4", True),
+        ("1/2", "1.2", False),
+        ("It is 1.5.", "it is 1.5", True),
+        ("U.S.A.", "U S A", True),
+    ],
 )
 def test_numbers_are_compared_as_numbers(one, two, same):
     assert (normalise(one) == normalise(two)) is same
+
+
+@pytest.mark.parametrize(
+    ("accepted", "said", "right"),
+    [
+        ("A", "", False),
+        ("A", "The", False),
+        ("A", "B", False),
+        ("A", " a", True),
+        ("<", ">", False),
+        ("<", "<", True),
+        ("an owl", "the owl", True),
+    ],
+)
+def test_an_answer_that_normalises_to_nothing_is_compared_as_it_is(accepted, said, right):
+    record = to_records([{"question": "q", "answer": accepted}])[0]
+    assert judged(record, said, None).right is right
 
 
 def test_metrics_have_to_fit_the_data(raw_recipe):

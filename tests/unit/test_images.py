@@ -190,6 +190,22 @@ def test_what_a_run_depends_on_includes_the_images(tmp_path: Path):
     assert sources.identity(source, tmp_path, 0) != before
 
 
+@pytest.mark.parametrize("layout", ["a first record of text", "a path in a mapping"])
+def test_images_count_wherever_they_are_named(tmp_path: Path, layout: str):
+    rows = records(tmp_path, 2)
+    path = next(tmp_path.glob("images/blue-*.png"))
+    if layout == "a path in a mapping":
+        rows = [{**row, "image": {"path": row["image"]}} for row in rows]
+    else:
+        rows = [{"question": "Which colour has the sky?", "answer": "blue"}, *rows]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    source = DataSource(dataset="data.jsonl")
+    before = sources.identity(source, tmp_path, 0)
+    assert sources.identity(source, tmp_path, 0) == before
+    picture("white", 20, 16).save(path)
+    assert sources.identity(source, tmp_path, 0) != before
+
+
 def _said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 

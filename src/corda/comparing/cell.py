@@ -32,6 +32,7 @@ from corda.sharding import stored_weight
 from corda.targets import LayerSpec, weight_of
 
 _SHELF = ("context", "plan", "before")
+_HEADS = ".modules_to_save."  # a classifier's head, which all methods train in full, is counted for none
 _DIVERGED = 1.5  # a task loss this many times the base's is a divergence
 
 
@@ -181,7 +182,7 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
     step0 = peft_made.relative_change(model, reference, probe)
     encoded = [inputs.kind.encode(record) for record in inputs.learn_records]
     with peft_made.all_trainable(base) if method.kind == "full" else nullcontext(), stages.meter.stage("train"):
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and _HEADS not in name)
         curve = training.train(
             model,
             inputs.tokenizer,
@@ -229,7 +230,8 @@ def _built(base: PreTrainedModel, inputs: Inputs, method: Method) -> PeftModel:
 
 def _fingerprint(study: Study, cell: Cell, inputs: Inputs) -> str:
     chosen = method_of(study, cell)
-    return artifact.fingerprint("cell", chosen.kind, chosen.peft, chosen.frozen, inputs.fingerprints["after"])
+    started = [inputs.recipe.context.samples] if chosen.peft == "eva" else []  # the task's records that its start is of
+    return artifact.fingerprint("cell", chosen.kind, chosen.peft, chosen.frozen, *started, inputs.fingerprints["after"])
 
 
 def _or_none(measure: Any) -> Scores | None:

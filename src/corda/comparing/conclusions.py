@@ -62,13 +62,13 @@ def _best(study: Study, runs: Runs, choice: Choice | None) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for metric in [study.learn, *study.keep]:
         values = [run["scores"]["after"][metric]["value"] for run in own]
-        before = own[0]["scores"]["before"][metric]["value"]
+        before = [run["scores"]["before"][metric]["value"] for run in own]  # seeds may draw records apart
         scores[metric] = {
             "mean": sum(values) / len(values),
             "seeds": values,
             "stderr_records": own[0]["scores"]["after"][metric]["stderr"],
-            "base": before,
-            "retained": sum(retained(metric, before, value) for value in values) / len(values),
+            "base": sum(before) / len(before),
+            "retained": sum(retained(metric, *pair) for pair in zip(before, values, strict=True)) / len(values),
         }
     return {
         "learning_rate": choice.learning_rate,

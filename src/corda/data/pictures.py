@@ -44,15 +44,14 @@ def files(raw: Sequence[Mapping[str, Any]], columns: Mapping[str, str], folder: 
         folder: That the names are looked up in.
     """
     wanted = [columns.get(name, name) for name in _COLUMNS]
-    if not raw or not any(name in raw[0] for name in wanted):
-        return {}
     found = {}
     for record in raw:
         for name in wanted:
             value = record.get(name)
             for image in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(image, str) and (folder / image).is_file():
-                    found[image] = folder / image
+                path = image.get("path") if isinstance(image, Mapping) and image.get("bytes") is None else image
+                if isinstance(path, str) and (folder / path).is_file():
+                    found[path] = folder / path
     return found
 
 

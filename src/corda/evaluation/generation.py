@@ -84,9 +84,16 @@ def judged(record: Record, text: str, after: str | None) -> Answer:
         text: What the model said.
         after: Only what follows the last occurrence of this is compared, in both; None for everything.
     """
-    accepted = {normalise(_final(answer, after)) for answer in record.answers}
+    said = _final(text, after)
+    right = any(_same(_final(answer, after), said) for answer in record.answers)
     asked = record.turns[0][1] if record.turns else record.prompt
-    return Answer(asked, record.answers, text, normalise(_final(text, after)) in accepted)
+    return Answer(asked, record.answers, text, right)
+
+
+def _same(one: str, other: str) -> bool:
+    """Equal once normalised; where that leaves nothing, as of the answers "A" and "<", equal as they are."""
+    first, second = normalise(one), normalise(other)
+    return first == second if first and second else one.strip().lower() == other.strip().lower()
 
 
 def prompt(record: Record, tokenizer: Any, template: Template, shots: Sequence[Record] = ()) -> Encoded:
@@ -136,6 +143,7 @@ def generate(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
+        min_length=0,
         pad_token_id=pad,
         eos_token_id=end_tokens(model, tokenizer),
         stop_strings=[s for s in stop if s.strip()] or None,
@@ -161,10 +169,13 @@ def generate(
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; a number keeps its sign and loses its separators."""
+    """Lower case, no punctuation, no articles, single spaces.
+
+    A number keeps its sign, its decimal point and its slash, and loses its separators.
+    """
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     text = re.sub(r"(?<![\w)])[-−](?=\d)", " minus ", text)
-    text = "".join(" " if c in string.punctuation else c for c in text.lower())
+    text = re.sub(rf"(?!(?<=\d)[./](?=\d))[{re.escape(string.punctuation)}]", " ", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 

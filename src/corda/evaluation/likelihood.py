@@ -52,6 +52,8 @@ def token_losses(
             logits_to_keep=kept,
             **(batch.more or {}),
         ).logits
+        if logits.shape[1] != len(kept):  # a model that takes logits_to_keep and does not heed it
+            logits = logits[:, kept]
         for row in range(batch.input_ids.shape[0]):
             wanted = batch.counts[row, 1:].nonzero()[:, 0]
             scores = logits[row, slot[wanted]].float().log_softmax(-1)

@@ -66,6 +66,11 @@ def exact_match(
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            # What is left unset, transformers fills from the checkpoint's own defaults.
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            encoder_no_repeat_ngram_size=0,
+            min_length=0,
             pad_token_id=pad_id(tokenizer),
             eos_token_id=end_tokens(model, tokenizer),
             decoder_start_token_id=int(cpu_batch["decoder_input_ids"][0, 0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ class Classes(Kind):
         ids, more = labelled.tokenised(first, record.second, self.tokenizer, self.longest(limit), kinds=kinds > 1)
         labels = (labelled.class_number(record.answers[0], self.classes, "label"),) if _classified(record) else ()
         return Encoded(ids, (False,) * len(ids), kinds=more, labels=labels)
+
+    def encode_kept(self, record: Record, limit: int | None = None) -> Encoded:
+        """See `Kind.encode_kept`.
+
+        Args:
+            record: From `records`.
+            limit: As in `encode`.
+        """
+        return self.encode(replace(record, answers=()), limit)
 
     def longest(self, limit: int | None = None) -> int:
         """Tokens that a text may have."""

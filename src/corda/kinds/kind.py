@@ -88,6 +88,15 @@ class Kind(ABC):
             limit: At most so many tokens, and at most data.max_length.
         """
 
+    def encode_kept(self, record: Record, limit: int | None = None) -> Encoded:
+        """A record of what is to be kept as tokens: its labels, which may be those of another set, do not count.
+
+        Args:
+            record: From `records`.
+            limit: As in `encode`.
+        """
+        return self.encode(record, limit)
+
     @abstractmethod
     def forward(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Keyword arguments of a forward pass whose logits are compared: (B, L) ids and what belongs to them."""

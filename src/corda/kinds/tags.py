@@ -37,6 +37,8 @@ class Tags(Classes):
         if not record.words:
             return super().encode(record, limit)
         ids, words = labelled.words_tokenised(record.words, self.tokenizer, self.longest(limit))
+        if not record.answers:
+            return Encoded(ids, (False,) * len(ids))
         numbers = [labelled.class_number(name, self.classes, "a tag") for name in record.answers]
         first = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
         labels = (numbers[w] if start and w is not None else IGNORED for w, start in zip(words, first, strict=True))
