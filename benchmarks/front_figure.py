@@ -1,4 +1,4 @@
-"""Draw a comparison's learning-forgetting fronts as docs/pictures/NAME.svg: python benchmarks/grown_figure.py NAME.
+"""Draw a comparison's learning-forgetting fronts as docs/pictures/NAME.svg: python benchmarks/front_figure.py NAME.
 
 A panel per group of retained sets, how much their loss per token rose on y. Every point is the mean over seeds of one
 method at one learning rate, a line joins the points of a method that no other one of it beats on both sides.
@@ -18,6 +18,7 @@ from corda import artifact
 from corda.comparing.fronts import Point, front
 from corda.comparing.fronts import points as found_points
 
+Panels = tuple[tuple[str, tuple[str, ...]], ...]
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 SHOWN = {
     "lora": ("LoRA", "#3f7fc1"),
@@ -31,19 +32,30 @@ SHOWN = {
     "contrast": ("contrast", "#2a977b"),
     "contrast_wd": ("contrast + decay", "#2f9eb3"),
 }
-PANELS = (
+GROWN = (
     ("facts like those calibrated on", ("people/answer_loss",)),
     ("facts of other kinds", ("towns/answer_loss", "minerals/answer_loss")),
     ("stories", ("stories/perplexity",)),
 )
+REAL = (
+    ("NQ-open, calibrated on", ("nq_open/answer_loss",)),
+    ("TriviaQA", ("triviaqa/answer_loss",)),
+    ("WikiText-2", ("wikitext/perplexity",)),
+)
+PANELS = {
+    "grown-keep": (GROWN, "the grown model", 20.0),
+    "grown-keep-b": (GROWN, "the grown model", 20.0),
+    "keep-smollm2-cpu": (REAL, "SmolLM2-135M", 3.0),
+    "keep-smollm2-cpu-code": (REAL, "SmolLM2-135M", 3.0),
+}
 PANEL, GAP, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 280, 52, 340, 44, 30, 54, 44
-LEAST, MOST = 0.01, 20.0  # nats per token
+LEAST = 0.01  # nats per token
 
 
 def main(name: str) -> None:
     """Read results/NAME.json, write the picture."""
     found = artifact.read_json(RESULTS / f"{name}.json")
-    (PICTURES / f"{name}.svg").write_text(picture(found), encoding="utf-8")
+    (PICTURES / f"{name}.svg").write_text(picture(found, *PANELS[name]), encoding="utf-8")
 
 
 def series(found: dict[str, Any], keeps: tuple[str, ...]) -> dict[str, list[Point]]:
@@ -60,17 +72,17 @@ def series(found: dict[str, Any], keeps: tuple[str, ...]) -> dict[str, list[Poin
     return {method: some for method, some in points.items() if some}
 
 
-def picture(found: dict[str, Any]) -> str:
-    """All panels side by side, the legend below."""
-    width = LEFT + len(PANELS) * (PANEL + GAP)
+def picture(found: dict[str, Any], panels: Panels, model: str, most: float) -> str:
+    """All panels side by side, the legend below; rises up to `most` nats per token."""
+    width = LEFT + len(panels) * (PANEL + GAP)
     learn = found["study"]["learn"].partition("/")[0]
     style = "font:13px system-ui,sans-serif;fill:#6b6b6b"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + LEGEND}" role="img" style="{style}">',
-        f"<title>What is forgotten against what is learnt, by method; {learn} on the grown model</title>",
+        f"<title>What is forgotten against what is learnt, by method; {learn} on {model}</title>",
     ]
-    for number, (title, keeps) in enumerate(PANELS):
-        parts += panel(LEFT + number * (PANEL + GAP), title, learn, series(found, keeps))
+    for number, (title, keeps) in enumerate(panels):
+        parts += panel(LEFT + number * (PANEL + GAP), title, learn, series(found, keeps), most)
     shown = [one for method, one in SHOWN.items() if any(run["method"] == method for run in found["runs"])]
     for number, (label, colour) in enumerate(shown):
         place, y = LEFT + 165 * (number % 6), HEIGHT + 12 + 20 * (number // 6)
@@ -79,8 +91,8 @@ def picture(found: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]]) -> list[str]:
-    """One panel, from its left edge on; rises on a logarithmic axis, what is below its foot is drawn there."""
+def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]], most: float) -> list[str]:
+    """One panel, from its left edge on; rises on a logarithmic axis, what is beyond its ends is drawn there."""
     known = [point for points in some.values() for point in points]
     low, high = min(p.learn for p in known), max(p.learn for p in known)
     height = HEIGHT - TOP - BOTTOM
@@ -89,10 +101,10 @@ def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]]) -> li
         return x0 + PANEL * (value - low) / (high - low)
 
     def y(value: float) -> float:
-        return TOP + height * (1 - math.log(max(value, LEAST) / LEAST) / math.log(MOST / LEAST))
+        return TOP + height * (1 - math.log(min(max(value, LEAST), most) / LEAST) / math.log(most / LEAST))
 
     parts = [f'<text x="{x0}" y="{TOP - 14}" style="font-weight:600">{title}</text>']
-    for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10):
+    for tick in (t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if t <= most):
         parts.append(f'<line x1="{x0}" x2="{x0 + PANEL}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#9993"/>')
         parts.append(f'<text x="{x0 - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
     across = next(s for s in (0.05, 0.1, 0.2, 0.5, 1) if (high - low) / s <= 6)
