@@ -7,7 +7,7 @@ frozen base. With A frozen, A C Aᵀ is computed once, and a reading costs O(d_o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,13 @@ from corda.targets import LayerSpec
 _IN_MEMORY = 2 << 30  # bytes of covariances that stay in memory between readings; more are read from the disk again
 _READINGS = 20
 _SHORTENINGS = 20
+_LEAST = 1e-300  # of a norm, for layers that saw nothing but zeros
 _EASE = 0.8  # the penalty sets in at this share of the limit
-READINGS = ("total", "rms", "held_out")
-_LOGGED = {"drift": "total", "drift_rms": "rms", "drift_held_out": "held_out"}
+READINGS = ("rms", "held_out_rms", "total", "held_out")
+_LOGGED = {"drift": "rms", "drift_held_out": "held_out_rms", "drift_total": "total"}
+
+
+Summary = tuple[dict[str, float], float, float]  # drift of each layer, root mean square, total
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,17 @@ class Reading:
 
     Attributes:
         layers: Layer name -> drift on the inputs that were calibrated on.
-        total: √(Σ ‖s (B A - B0 A0) C^½‖² / Σ ‖W C^½‖²) over the layers.
-        rms: Root mean square of the layers' drifts, in which small outputs count as much as large ones.
-        held_out: `total` on knowledge that was not calibrated on; None where there is none.
+        rms: Root mean square of the layers' drifts: the one that foretells forgetting, and that a limit is of.
+        total: √(Σ ‖s (B A - B0 A0) C^½‖² / Σ ‖W C^½‖²) over the layers, nearly that of the few with huge outputs.
+        held_out_rms: `rms` on knowledge that was not calibrated on; None where there is none.
+        held_out: `total` on it.
         held_out_layers: `layers` on it.
     """
 
     layers: Mapping[str, float]
-    total: float
     rms: float
+    total: float
+    held_out_rms: float | None = None
     held_out: float | None = None
     held_out_layers: Mapping[str, float] = field(default_factory=dict)
 
@@ -93,10 +99,10 @@ def drift_notes(reading: Reading, options: TrainingOptions, stopped: int | None)
     if limit is None:
         return []
     if stopped is not None:
-        return [f"training stopped at step {stopped}: drift {reading.total:.3g} passed training.max_drift {limit:.3g}"]
-    if reading.total > limit:
+        return [f"training stopped at step {stopped}: drift {reading.rms:.3g} passed training.max_drift {limit:.3g}"]
+    if reading.rms > limit:
         return [
-            f"drift {reading.total:.3g} is above training.max_drift {limit:.3g}: raise training.drift_weight, "
+            f"drift {reading.rms:.3g} is above training.max_drift {limit:.3g}: raise training.drift_weight, "
             f"or lower the learning rate"
         ]
     return []
@@ -114,8 +120,7 @@ def drift_of_weights(
     """
     with torch.no_grad(), full_precision():
         sides = [_summed(_energies(change, one), one.norms) for one in (knowledge, held_out) if one is not None]
-    layers, total, rms = sides[0]
-    return Reading(layers, total, rms, sides[1][1], sides[1][0]) if len(sides) > 1 else Reading(layers, total, rms)
+    return _reading(sides)
 
 
 class DriftMeter:
@@ -133,33 +138,29 @@ class DriftMeter:
     def read(self) -> Reading:
         """The drift now."""
         with torch.no_grad(), full_precision():
-            layers, total, rms = self._sides[0].summary()
-            if len(self._sides) == 1:
-                return Reading(layers, total, rms)
-            unseen, held_out, _ = self._sides[1].summary()
-        return Reading(layers, total, rms, held_out, unseen)
+            return _reading([side.summary() for side in self._sides])
 
     def penalty(self, limit: float) -> Tensor:
-        """max(0, drift / (0.8 limit) - 1)² of the total on the calibrated knowledge, a scalar with a gradient."""
-        drift = self._sides[0].total()
+        """max(0, drift / (0.8 limit) - 1)² on the calibrated knowledge, a scalar with a gradient."""
+        drift = self._sides[0].rms()
         return (drift / (_EASE * limit) - 1).clamp_min(0).square()
 
     @torch.no_grad()
     def hold(self, limit: float) -> None:
-        """Where the total is above the limit, move the factors back towards their start until it is not.
+        """Where the drift is above the limit, move the factors back towards their start until it is not.
 
         Where B starts at zero only B moves, and the drift with it in proportion; elsewhere A and B do.
         """
         for _ in range(_SHORTENINGS):
-            total = float(self._sides[0].total())
-            if total <= limit:
+            drift = float(self._sides[0].rms())
+            if drift <= limit:
                 return
             for module in self._sides[0].layers.values():
                 started = INITIAL in module.lora_A
                 for factors in (module.lora_A, module.lora_B) if started else (module.lora_B,):
                     now = factors[TRAINED].weight
                     begin = factors[INITIAL].weight.to(now) if started else torch.zeros_like(now)
-                    now.copy_(begin.lerp(now, (1 - 1e-4) * limit / total))
+                    now.copy_(begin.lerp(now, (1 - 1e-4) * limit / drift))
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -197,7 +198,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         due = control.should_log
         self.log({name: value for name, value in logged.items() if value is not None})
         control.should_log = due  # logging takes it back, and the loss would not be logged
-        if self.limit is not None and self.weight is None and reading.total > self.limit:
+        if self.limit is not None and self.weight is None and reading.rms > self.limit:
             self.stopped = state.global_step
             control.should_training_stop = True
 
@@ -231,15 +232,14 @@ class _Side:
                 P = P.double()
                 yield name, module.scaling[TRAINED] ** 2 * ((P.T @ P) * inner).sum().clamp_min(0)
 
-    def summary(self) -> tuple[dict[str, float], float, float]:
-        """Drift of each layer, the total, and the root mean square over layers."""
+    def summary(self) -> Summary:
+        """Drift of each layer, their root mean square, and the total."""
         return _summed({name: float(value) for name, value in self.energies()}, self.norms)
 
-    def total(self) -> Tensor:
-        """The total drift, a scalar with a gradient."""
-        energies = [energy for _, energy in self.energies()]
-        norm = sum(self.norms[name] for name in self.layers)
-        return (torch.stack([e.to(energies[0].device) for e in energies]).sum() / norm).clamp_min(1e-30).sqrt()
+    def rms(self) -> Tensor:
+        """Root mean square of the layers' drifts, a scalar with a gradient."""
+        squares = [energy / max(self.norms[name], _LEAST) for name, energy in self.energies()]
+        return torch.stack([square.to(squares[0].device) for square in squares]).mean().clamp_min(1e-30).sqrt()
 
     def _covariance(self, group: str, name: str, device: torch.device) -> Tensor:
         if self._kept is None:
@@ -260,12 +260,21 @@ def _energies(change: Callable[[LayerSpec], Tensor], yard: Yardstick) -> dict[st
     return found
 
 
-def _summed(energies: Mapping[str, float], of: Mapping[str, float]) -> tuple[dict[str, float], float, float]:
-    """Drift of each layer, the total, and the root mean square over layers, from ‖ΔW C^½‖² and ‖W C^½‖²."""
-    norms = {name: max(of[name], 1e-300) for name in energies}
+def _summed(energies: Mapping[str, float], of: Mapping[str, float]) -> Summary:
+    """Drift of each layer, their root mean square, and the total, from ‖ΔW C^½‖² and ‖W C^½‖²."""
+    norms = {name: max(of[name], _LEAST) for name in energies}
     layers = {name: (value / norms[name]) ** 0.5 for name, value in energies.items()}
     total = (sum(energies.values()) / sum(norms.values())) ** 0.5
-    return layers, total, (sum(d**2 for d in layers.values()) / len(layers)) ** 0.5
+    return layers, (sum(d**2 for d in layers.values()) / len(layers)) ** 0.5, total
+
+
+def _reading(sides: Sequence[Summary]) -> Reading:
+    """Of the calibrated knowledge and, where there is any, of that which was not."""
+    layers, rms, total = sides[0]
+    if len(sides) == 1:
+        return Reading(layers, rms, total)
+    unseen, unseen_rms, unseen_total = sides[1]
+    return Reading(layers, rms, total, unseen_rms, unseen_total, unseen)
 
 
 def _change(module: Any) -> tuple[Tensor, Tensor]:

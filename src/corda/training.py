@@ -39,9 +39,9 @@ class Curve:
         learning_rate: At those steps.
         seconds: Wall-clock time of the training loop.
         drift_step: The optimiser steps that the drift meter was read after.
-        drift: What it read, see `drift.Reading`: the total.
-        drift_rms: The root mean square over layers.
-        drift_held_out: The total on knowledge that was not calibrated on; empty where there is none.
+        drift: What it read, see `drift.Reading`: the root mean square over layers.
+        drift_total: The total.
+        drift_held_out: `drift` on knowledge that was not calibrated on; empty where there is none.
         stopped: The step at which the drift passed its limit; None where training went on to its end.
     """
 
@@ -51,7 +51,7 @@ class Curve:
     seconds: float
     drift_step: tuple[int, ...] = ()
     drift: tuple[float, ...] = ()
-    drift_rms: tuple[float, ...] = ()
+    drift_total: tuple[float, ...] = ()
     drift_held_out: tuple[float, ...] = ()
     stopped: int | None = None
 
@@ -155,7 +155,7 @@ def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = 
         seconds,
         tuple(int(e["step"]) for e in read),
         tuple(float(e["drift"]) for e in read),
-        tuple(float(e["drift_rms"]) for e in read),
+        tuple(float(e["drift_total"]) for e in read),
         tuple(float(e["drift_held_out"]) for e in read if "drift_held_out" in e),
         stopped,
     )

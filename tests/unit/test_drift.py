@@ -103,7 +103,7 @@ def test_the_meter_reads_what_the_outputs_show(pico, model, tokenizer, texts, co
     plan = make_plan(model, context, rank=4, **options)
     adapted, meter = meter_of(model, context, plan)
     start = meter.read()
-    assert start.total == start.rms == start.held_out == 0
+    assert start.total == start.rms == start.held_out == start.held_out_rms == 0
     moved(adapted)
     reading = meter.read()
     layers, sums = measured(pico, adapted, tokenizer, texts[:20])
@@ -117,6 +117,7 @@ def test_the_meter_reads_what_the_outputs_show(pico, model, tokenizer, texts, co
     assert reading.held_out == pytest.approx(
         (sum(a for a, _ in sums.values()) / sum(b for _, b in sums.values())) ** 0.5, rel=1e-3
     )
+    assert reading.held_out_rms == pytest.approx((sum(v * v for v in unseen.values()) / len(unseen)) ** 0.5, rel=1e-3)
     assert reading.held_out_layers[next(iter(unseen))] == pytest.approx(next(iter(unseen.values())), rel=1e-3)
 
 
@@ -134,7 +135,7 @@ def test_a_small_drift_is_not_lost_beside_a_large_start(model, context):
 def test_the_penalty_has_the_gradient_of_its_value(model, context, mode):
     adapted, meter = meter_of(model, context, make_plan(model, context, rank=4, mode=mode))
     moved(adapted)
-    limit = meter.read().total / 1.7
+    limit = meter.read().rms / 1.7
     value = meter.penalty(limit)
     assert float(value.detach()) == pytest.approx((1.7 / 0.8 - 1) ** 2, rel=1e-4)
     value.backward()
@@ -195,8 +196,9 @@ def test_a_run_tells_its_drift_everywhere(raw_recipe):
     drift, train_ = results["drift"], results["train"]
     assert train_["drift_step"] == train_["step"] == [1, 2, 3]
     assert 0 <= train_["drift"][0] < train_["drift"][-1]
-    assert drift["total"] == pytest.approx(train_["drift"][-1])
-    assert drift["held_out"] == pytest.approx(train_["drift_held_out"][-1])
+    assert drift["rms"] == pytest.approx(train_["drift"][-1])
+    assert drift["total"] == pytest.approx(train_["drift_total"][-1])
+    assert drift["held_out_rms"] == pytest.approx(train_["drift_held_out"][-1])
     assert (
         set(drift["layers"]) == set(drift["held_out_layers"]) == {layer["name"] for layer in results["plan"]["layers"]}
     )

@@ -101,6 +101,7 @@ def test_changed_weights_read_as_the_meter_reads_the_factors(model, yards):
     assert found.total == pytest.approx(expected.total, rel=1e-4)
     assert found.rms == pytest.approx(expected.rms, rel=1e-4)
     assert found.held_out == pytest.approx(expected.held_out, rel=1e-4)
+    assert found.held_out_rms == pytest.approx(expected.held_out_rms, rel=1e-4)
     assert found.layers == pytest.approx(dict(expected.layers), rel=1e-3)
     assert drift_of_weights(change, yards[0]).held_out is None
     assert drift_of_weights(lambda spec: 0 * started[spec.name], *yards).total == 0

@@ -135,7 +135,7 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
         }
         if stages.recipe.metered:
             drift = artifact.read_json(trained.path("drift.json"))
-            facts["drift"] = {key: drift[key] for key in READINGS}
+            facts["drift"] = {key: drift.get(key) for key in READINGS}
         sound = all(math.isfinite(loss) for loss in curve["loss"])
         after = _or_none(stages.after) if sound else None
     else:

@@ -21,11 +21,11 @@ def drift_section(runs: Sequence[Run]) -> str:
     metered = [run for run in runs if run.results.get("drift")]
     if not metered:
         return ""
-    head = ["", "total", "root mean square over layers", "held out", "limit", "layers that moved most"]
+    head = ["", "drift", "held out", "total over layers", "limit", "layers that moved most"]
     return section(
         "Drift on the knowledge",
-        "<p>Root mean square change of the layers' outputs on the knowledge to keep, over that of the outputs "
-        "themselves: ‖s (B A − B₀ A₀) C<sup>½</sup>‖ / ‖W C<sup>½</sup>‖.</p>",
+        "<p>Change of a layer's outputs on the knowledge to keep, over these outputs themselves, "
+        "‖s (B A − B₀ A₀) C<sup>½</sup>‖ / ‖W C<sup>½</sup>‖; root mean square over layers.</p>",
         figure("drift", drift_curves(runs), "Line: on what was calibrated on; dots: on held-out records of it"),
         table(head, [_row(run) for run in metered]),
     )
@@ -64,7 +64,7 @@ def _row(run: Run) -> str:
     drift = run.results["drift"]
     worst = sorted(drift["layers"].items(), key=lambda item: -item[1])[:_WORST]
     named = ", ".join(f"{name} {percent(value)}" for name, value in worst)
-    values = [drift["total"], drift["rms"], drift["held_out"], drift["limit"]]
+    values = [drift["rms"], drift.get("held_out_rms"), drift["total"], drift["limit"]]
     return row(escape(run.label), [*[cell(_value(v)) for v in values], cell(escape(named))])
 
 

@@ -13,8 +13,13 @@ from corda.report.figures import layout
 from corda.report.front import bend, bending, change_axis, colour, forgotten, symbol
 from corda.report.html import cell, figure, row, section, table
 
-_READINGS = {"total": "total", "rms": "root mean square over layers", "held_out": "total, held out"}
-_DRAWN = "total"
+_READINGS = {
+    "rms": "root mean square over layers",
+    "held_out_rms": "the same, held out",
+    "total": "total",
+    "held_out": "total, held out",
+}
+_DRAWN = "rms"
 
 
 def metered_section(comparison: Mapping[str, Any]) -> str:
