@@ -25,6 +25,7 @@ SHOWN = {
     "lora_wd": ("LoRA + decay", "#5f9e2f"),
     "pissa": ("PiSSA", "#8a7d2c"),
     "milora": ("MiLoRA", "#7d7d7d"),
+    "peft_corda_kpm": ("PEFT's CorDA", "#333333"),
     "ipm": ("CorDA-IPM", "#c14f6d"),
     "kpm": ("CorDA-KPM", "#d0642b"),
     "kpm_plus": ("CorDA++ KPM", "#a867a5"),
