@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ def refuse_adapted(model: nn.Module) -> None:
     """Refuse a model whose layers PEFT has replaced already, whether or not it is wrapped in a PeftModel.
 
     Raises:
-        AdapterError: names the first such layer.
+        AdapterError: names the first such layer, or the wrapper.
     """
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | PeftModel):
             raise AdapterError(
                 "the model carries an adapter already",
-                where=name,
+                where=name or None,
                 got=type(module).__name__,
                 expected="the base model, as it was loaded",
                 fix="load it anew, or go on with what `unload()` of the PeftModel returns",

@@ -280,6 +280,7 @@ def experts_of_keys(model: PeftModel) -> dict[str, int]:
     return {name: module.num_experts for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
 
 
+@torch.no_grad()
 def start(model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor]], names: Mapping[str, str], form: Base) -> None:
     """Set the start and the form of the layers that are adapted as parameters.
 

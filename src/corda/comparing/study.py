@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corda import artifact
 from corda.comparing.methods import Method, method
 from corda.errors import RecipeError
 from corda.reading import apply_overrides, parse_recipe, read_mapping
@@ -202,17 +201,6 @@ def shared_recipe(study: Study) -> dict[str, Any]:
     raw = _merged(study.base, study.overrides)
     raw.setdefault("output_dir", str(study.output_dir))
     return raw
-
-
-def fingerprint(study: Study, cell: Cell, data: str) -> str:
-    """Of everything that a cell's result depends on; `data` is the fingerprint of its trained stage.
-
-    Args:
-        study: What was decided beforehand.
-        cell: Which training.
-        data: Fingerprint of its trained stage.
-    """
-    return artifact.fingerprint("cell", study.methods[cell.name].method, data, study.learn, study.keep)
 
 
 def method_of(study: Study, cell: Cell) -> Method:
