@@ -129,6 +129,18 @@ def test_ticks_cover_both_signs(values: list[float]) -> None:
     assert any(text.startswith("+") for text in texts) == (max(values) > 0.006)
 
 
+def test_a_diverged_run_leaves_the_others_their_room(comparison: dict) -> None:
+    assert learning_forgetting(comparison, "facts/answer_loss").layout.xaxis.range is None
+    lost = copy.deepcopy(comparison["runs"][0]) | {"status": "diverged"}
+    lost["scores"]["after"]["sums/answer_loss"]["value"] = 70.0
+    comparison["runs"].append(lost)
+    figure = learning_forgetting(comparison, "facts/answer_loss")
+    low, high = figure.layout.xaxis.range
+    assert 1.0 < low < 1.2
+    assert 2.1 < high < 2.3
+    assert 70.0 in figure.data[0].x
+
+
 def test_what_is_retained_is_of_each_seeds_own_base(comparison: dict) -> None:
     """Seeds may draw other records; where nothing changed, all of it is retained."""
     keep, runs = "facts/answer_loss", []
@@ -140,6 +152,14 @@ def test_what_is_retained_is_of_each_seeds_own_base(comparison: dict) -> None:
     best = conclusions(parse_study(STUDY), runs)["best"]["lora"]["scores"][keep]
     assert best["retained"] == pytest.approx(100)
     assert best["base"] == pytest.approx(1.15)
+
+
+def test_a_share_of_next_to_nothing_is_given_as_a_difference(comparison: dict, tmp_path) -> None:
+    wide = {"ratio": 54.0, "ratio_low": -8100.0, "ratio_high": 8200.0, "difference": 0.017, "low": -0.02, "high": 0.05}
+    comparison["conclusions"]["differences"]["choices/accuracy"]["kpm"] |= wide
+    write_comparison(comparison, tmp_path / "comparison.html")
+    before_details = (tmp_path / "comparison.html").read_text().partition("<summary>Differences")[0]
+    assert ">+0.017 (-0.020 to +0.050)<" in before_details
 
 
 def test_equal_loss_is_one_table_with_the_details_folded_away(comparison: dict, tmp_path) -> None:

@@ -15,6 +15,8 @@ from corda.report.front import convergence, costs, learning_forgetting
 from corda.report.html import cell, figure, row, section, table, write_document
 from corda.report.metered import metered_section
 
+_TOO_WIDE = 10.0  # limits of a share further apart say nothing
+
 
 def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
     """Write the page; it appears whole or not at all.
@@ -42,7 +44,7 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
             learning_forgetting(comparison, keep),
             "Every run is a point, with the standard error over records (paired with base); a line is a method's "
             "front: runs that no other one of it beats on both sides. Lower left is better. The scale of what is "
-            "forgotten is linear near 0 and logarithmic beyond.",
+            "forgotten is linear near 0 and logarithmic beyond. Diverged runs lie outside; a double click shows them.",
         )
         for number, keep in enumerate(study["keep"])
     ]
@@ -55,7 +57,7 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
             "Forgetting at equal task loss",
             "<p>How much worse what is to be kept got, as a share of how much worse it got with another method at the "
             "same task score, with 95 % limits over seeds and records. A difference, with its sign, stands where that "
-            "other method forgot nothing.</p>",
+            "other method forgot too little for a share.</p>",
             *[_at_equal_loss(comparison, other) for other in _references(comparison)],
         ),
         section(
@@ -122,7 +124,7 @@ def _at_equal_loss(comparison: Mapping[str, Any], against: str) -> str:
 def _share(found: Mapping[str, Any]) -> str:
     if "why" in found:
         return str(found["why"])
-    if found["ratio"] is None:
+    if found["ratio"] is None or found["ratio_high"] - found["ratio_low"] > _TOO_WIDE:
         return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
     return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
 

@@ -79,9 +79,18 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
             )
     figure.add_hline(y=0, line={"width": 1, "dash": "dot", "color": "#7d7d7d"})
     figure.update_layout(layout(460 + _legend(comparison)))
-    figure.update_xaxes(title=f"{axis(learn)} after training")
+    figure.update_xaxes(title=f"{axis(learn)} after training", range=_span(comparison["runs"], learn))
     bend(figure, bent, drawn, f"{change_axis(keep)}, against base")
     return figure
+
+
+def _span(runs: Sequence[Mapping[str, Any]], learn: str) -> list[float] | None:
+    """The scores of the runs that ended well, with a margin; None where all of them did, and plotly finds it."""
+    done = [run["scores"]["after"][learn]["value"] for run in runs if run["status"] == "done"]
+    if not done or all(run["status"] != "diverged" for run in runs):
+        return None
+    margin = 0.06 * (max(done) - min(done)) or 0.1
+    return [min(done) - margin, max(done) + margin]
 
 
 def bending(comparison: Mapping[str, Any], keep: str) -> Bent:
