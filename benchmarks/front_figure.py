@@ -1,7 +1,8 @@
 """Draw a comparison's learning-forgetting fronts as docs/pictures/NAME.svg: python benchmarks/front_figure.py NAME.
 
 A panel per group of retained sets, how much their loss per token rose on y. Every point is the mean over seeds of one
-method at one learning rate, a line joins the points of a method that no other one of it beats on both sides.
+method at one learning rate, a line joins the points of a method that no other one of it beats on both sides. Where a
+method learnt much less than on any such line its point is left out.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ SHOWN = {
     "peft_corda_kpm": ("PEFT's CorDA", "#333333"),
     "ipm": ("CorDA-IPM", "#c14f6d"),
     "kpm": ("CorDA-KPM", "#d0642b"),
+    "kpm_sigma": ("CorDA-KPM, sigma", "#e3b505"),
     "kpm_plus": ("CorDA++ KPM", "#a867a5"),
     "kpm_plus_decay": ("CorDA++ + decay", "#b08a52"),
+    "kpm_plus_sigma": ("CorDA++ + d., sigma", "#c8102e"),
     "contrast": ("contrast", "#2a977b"),
     "contrast_wd": ("contrast + decay", "#2f9eb3"),
 }
@@ -49,7 +52,7 @@ PANELS = {
     "keep-smollm2-cpu": (REAL, "SmolLM2-135M", 3.0),
     "keep-smollm2-cpu-code": (REAL, "SmolLM2-135M", 3.0),
 }
-PANEL, GAP, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 280, 52, 340, 44, 30, 54, 44
+PANEL, GAP, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 280, 52, 356, 44, 46, 54, 64
 LEAST = 0.01  # nats per token
 
 
@@ -94,8 +97,9 @@ def picture(found: dict[str, Any], panels: Panels, model: str, most: float) -> s
 
 def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]], most: float) -> list[str]:
     """One panel, from its left edge on; rises on a logarithmic axis, what is beyond its ends is drawn there."""
-    known = [point for points in some.values() for point in points]
-    low, high = min(p.learn for p in known), max(p.learn for p in known)
+    on_fronts = [point.learn for points in some.values() for point in front(points)]
+    low, high = min(on_fronts), max(on_fronts)
+    high += 0.1 * (high - low)
     height = HEIGHT - TOP - BOTTOM
 
     def x(value: float) -> float:
@@ -104,7 +108,7 @@ def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]], most:
     def y(value: float) -> float:
         return TOP + height * (1 - math.log(min(max(value, LEAST), most) / LEAST) / math.log(most / LEAST))
 
-    parts = [f'<text x="{x0}" y="{TOP - 14}" style="font-weight:600">{title}</text>']
+    parts = [f'<text x="{x0}" y="{TOP - 30}" style="font-weight:600">{title}</text>']
     for tick in (t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if t <= most):
         parts.append(f'<line x1="{x0}" x2="{x0 + PANEL}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="#9993"/>')
         parts.append(f'<text x="{x0 - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
@@ -112,14 +116,14 @@ def panel(x0: float, title: str, learn: str, some: dict[str, list[Point]], most:
     below = [i * across for i in range(int(low / across) + 1, int(high / across) + 1)]
     foot = HEIGHT - BOTTOM + 20
     parts += [f'<text x="{x(one):.1f}" y="{foot}" text-anchor="middle">{one:g}</text>' for one in below]
-    side = '<text x="{}" y="{}" text-anchor="end" style="font-size:11px">rise of the loss, nats per token</text>'
-    parts.append(side.format(x0 + PANEL, TOP + 4))
+    parts.append(f'<text x="{x0}" y="{TOP - 14}" style="font-size:11px">rise of the loss, nats per token</text>')
     parts.append(f'<text x="{x0 + PANEL / 2}" y="{foot + 20}" text-anchor="middle">loss on {learn}</text>')
     for method, points in some.items():
         colour = SHOWN[method][1]
         line = " ".join(f"{x(p.learn):.1f},{y(p.rise):.1f}" for p in front(points))
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x(p.learn):.1f}" cy="{y(p.rise):.1f}" r="3.5" fill="{colour}"/>' for p in points]
+        near = [p for p in points if p.learn <= high]
+        parts += [f'<circle cx="{x(p.learn):.1f}" cy="{y(p.rise):.1f}" r="3.5" fill="{colour}"/>' for p in near]
     return parts
 
 
