@@ -169,12 +169,7 @@ def collect_encoded(
     route = _route(model, layers, rounds, processes, device, stream=stream)
     if route.blocks is None:
         _keeps(keeping, route.why or "the model is not run block by block")
-        if weights is not None:
-            raise ModelError(
-                "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
-                where="context.offload",
-                fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
-            )
+        _refuse_offload(weights)
         found = _in_whole(model, rounds, layers, journal, progress, processes)
     else:
         with gathered_around(model, [block for _, block in route.blocks]):
@@ -192,6 +187,15 @@ def collect_encoded(
             found = list(parts)
     notes = [f"collected whole, not in blocks: {route.why}"] if route.why else []
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
+
+
+def _refuse_offload(weights: LazyWeights | None) -> None:
+    if weights is not None:
+        raise ModelError(
+            "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
+            where="context.offload",
+            fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
+        )
 
 
 def _route(
