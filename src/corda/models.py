@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -365,10 +366,19 @@ def _model_in_package(package: str) -> Path:
 
 
 def _converted(path: Path) -> Source:
-    """De-quantise a GGUF file to a safetensors folder, once: transformers needs 25 s for it each time."""
+    """De-quantise a GGUF file to a safetensors folder, once: transformers needs 25 s for it each time.
+
+    A process checks that the folder is whole once: a study asks for it for every cell.
+    """
+    facts = path.stat()
+    return _safetensors_of(path, facts.st_size, facts.st_mtime_ns, cache_folder())
+
+
+@functools.lru_cache
+def _safetensors_of(path: Path, size: int, changed: int, cache: Path) -> Source:
     note = f"weights de-quantised from the GGUF file {path.name}"
-    digest = artifact.fingerprint(path.name, path.stat().st_size, artifact.file_hash(path))
-    folder = cache_folder() / f"{path.stem}-{digest}"
+    digest = artifact.fingerprint(path.name, size, artifact.file_hash(path))
+    folder = cache / f"{path.stem}-{digest}"
     if artifact.reusable(folder, "model", digest) is None:
         if importlib.util.find_spec("gguf") is None:
             raise ModelError(
