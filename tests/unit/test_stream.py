@@ -174,6 +174,24 @@ def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize(
+    ("context", "adapter", "message"),
+    [
+        ({}, {"target_modules": ["q_proj", "lm_head"]}, r"one list of blocks.*leave the layers outside"),
+        ({"stream": False}, {}, r"context\.stream is false.*set context\.stream: true"),
+    ],
+)
+def test_what_cannot_be_collected_in_blocks_cannot_be_offloaded(raw_recipe, context, adapter, message):
+    from corda import pipeline
+    from corda.errors import ModelError
+    from corda.reading import parse_recipe
+
+    raw_recipe["context"] |= {"offload": True, **context}
+    raw_recipe["adapter"] |= adapter
+    with pipeline.opened(parse_recipe(raw_recipe)) as stages, pytest.raises(ModelError, match=message):
+        stages.context()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disk_too_small_for_all_rounds_is_refused_early(tmp_path, encoded, monkeypatch, stream):
     from collections import namedtuple

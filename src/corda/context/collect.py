@@ -169,7 +169,7 @@ def collect_encoded(
     route = _route(model, layers, rounds, processes, device, stream=stream)
     if route.blocks is None:
         _keeps(keeping, route.why or "the model is not run block by block")
-        _refuse_offload(weights)
+        _refuse_offload(weights, route.why)
         found = _in_whole(model, rounds, layers, journal, progress, processes)
     else:
         with gathered_around(model, [block for _, block in route.blocks]):
@@ -189,12 +189,14 @@ def collect_encoded(
     return _finish(found, layers, skip_unseen, notes, len(rounds) - len(sides), tuple(sides))
 
 
-def _refuse_offload(weights: LazyWeights | None) -> None:
+def _refuse_offload(weights: LazyWeights | None, why: str) -> None:
     if weights is not None:
+        targets = "leave the layers outside of the blocks out of adapter.target_modules, or set"
         raise ModelError(
-            "weights cannot be off-loaded: the targets do not all lie in one list of blocks",
-            where="context.offload",
-            fix="set context.offload: false, or leave the layers outside of the blocks out of target_modules",
+            "weights that stay on disk, off-loaded or of a 4-bit base, are read block by block, and "
+            + (why or "context.stream is false"),
+            where="context.offload, model.load_in_4bit",
+            fix=f"{targets} both to false" if why else "set context.stream: true",
         )
 
 
