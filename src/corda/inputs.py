@@ -16,7 +16,7 @@ from corda.data.batches import Encoded, calibration_rounds, drawing_order
 from corda.data.formats import Record
 from corda.distributed import world
 from corda.errors import DataError, RecipeError
-from corda.evaluation.evaluate import Task, refuse_overlap
+from corda.evaluation.evaluate import Task, refuse_overlap, refuse_shared
 from corda.exporting.hub import refuse_without_token
 from corda.exporting.update import refuse_rank
 from corda.kinds.choose import kind_of
@@ -156,11 +156,13 @@ class Inputs:
         size, gathered = r.training.per_device_train_batch_size, r.training.gradient_accumulation_steps
         excluded = {"report_to", "disable_tqdm", "resume_from_checkpoint", "save_steps", "save_total_limit"}
         excluded |= {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed", "fsdp", "fsdp_config"}
+        excluded |= {"eval_steps"}
         settings = r.training.model_dump(mode="json", exclude=excluded)
         settings["records_per_step"] = size * gathered * world().size  # however they are shared out
         metered = context if r.metered else None
-        learn = identify(r.data.learn)
-        train = artifact.fingerprint("train", plan, r.adapter.base, data, learn, settings, metered, *head)
+        learn, validation = identify(r.data.learn), identify(r.data.validation)
+        read = [validation, r.training.eval_steps] if validation else []  # in the curve
+        train = artifact.fingerprint("train", plan, r.adapter.base, data, learn, settings, metered, *head, *read)
         evaluation = r.evaluation.model_dump(mode="json", exclude={"batch_size", "tasks"})
         shots = [identify(s) for s in (r.data.keep, r.data.learn)]
         before = artifact.fingerprint("before", model, data[:2], tasks, evaluation, shots, *head)
@@ -219,6 +221,12 @@ class Inputs:
                     fix=f"set {key}: {'false' if got is True else 0}, or name other layers in adapter.target_modules",
                 )
 
+    def _check_validation(self, used: dict[str, Sequence[Record]]) -> None:
+        """Add the validation records to what is in use, unless training or calibration has them too."""
+        if self.kind.validation_records:
+            refuse_shared("data.validation", self.kind.validation_records, used)
+            used["data.validation"] = self.kind.validation_records
+
     def check(self) -> dict[str, Any]:
         """Everything that can be found wrong before a weight is loaded.
 
@@ -248,6 +256,7 @@ class Inputs:
         used: dict[str, Sequence[Record]] = {"data.learn": self.learn_records}
         if self.calibration_records:
             used["the calibration data"] = [record for some in self.calibration_records.values() for record in some]
+        self._check_validation(used)
         refuse_overlap(self.tasks, used)
         self.kind.check(used, models.pick_device(self.recipe.model.device))
         allocated = self.recipe.adapter.allocation == "dynamic" and any(

@@ -112,3 +112,10 @@ class ExportOptions(Strict):
     def content(self) -> dict[str, Any]:
         """What the files depend on, without where they go."""
         return self.model_dump(mode="json", exclude={"output", "push_to_hub", "hub_private_repo"})
+
+
+def number(value: Any) -> Any:
+    """The number that a text like 1e-8 means, which YAML 1.1 reads as a string; anything else as it is."""
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
+        return value
+    return float(value)

@@ -221,7 +221,8 @@ class Stages:
         yardsticks = self.yardsticks()
         model, step0 = self.bases.attached(self.plan())
         meter = DriftMeter(model, *yardsticks) if yardsticks else None
-        encoded = [self.inputs.kind.encode(record) for record in self.inputs.learn_records]
+        kind = self.inputs.kind
+        encoded = [kind.encode(record) for record in self.inputs.learn_records]
         key = self.inputs.fingerprints["train"]
         with self.meter.stage("train"):
             curve = training.train(
@@ -234,7 +235,8 @@ class Stages:
                 seed=r.seed,
                 progress=self.progress,
                 meter=meter,
-                trainer_of=self.inputs.kind.trainer,
+                trainer_of=kind.trainer,
+                validation=[kind.encode(record) for record in kind.validation_records],
             )
         parents = {"plan": self.inputs.fingerprints["plan"]}
         state = sharding.whole_adapters(model)

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from corda.errors import RecipeError
-from corda.options import ExportOptions, ModelOptions
-from corda.recipe import AdapterOptions, Recipe, TrainingOptions, number
+from corda.options import ExportOptions, ModelOptions, number
+from corda.recipe import AdapterOptions, Recipe, TrainingOptions
 
 _Block = TypeVar("_Block", bound=BaseModel)
 

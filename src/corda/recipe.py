@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corda.options import ExportOptions, ModelOptions, PositiveInt, Strict
+from corda.options import ExportOptions, ModelOptions, PositiveInt, Strict, number
 from corda.ranks import Ranks
 
 Mode = Literal["kpm", "ipm", "dual", "contrast", "lora"]
@@ -36,6 +35,7 @@ RecordFormat = Literal[
 Tower = Literal["language", "vision", "projector"]
 Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1", "loss", "f1"]
 
+_VALIDATED = {"eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end"}  # fields of the trainer
 TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
 
 
@@ -79,6 +79,7 @@ class DataOptions(Strict):
     )
     learn: DataSource | None = Field(None, description="the task to learn: trained on, and the context in ipm")
     keep: DataSource | None = Field(None, description="the knowledge to keep: the context in kpm")
+    validation: DataSource | None = Field(None, description="held-out records of the task: their loss during training")
 
 
 class ContextOptions(Strict):
@@ -255,6 +256,7 @@ class TrainingOptions(BaseModel):
     )
     logging_steps: PositiveInt = 1
     save_steps: PositiveInt | None = Field(None, description="checkpoint every so many steps; default: none")
+    eval_steps: float | None = Field(None, gt=0, description="steps between readings of data.validation, or a share")
     report_to: str = Field("none", description="none, tensorboard, wandb or mlflow")
     resume_from_checkpoint: bool = Field(True, description="continue an interrupted training of the same recipe")
     drift_meter: bool | None = Field(
@@ -333,6 +335,8 @@ class Recipe(Strict):
             raise ValueError(f"training.decay_to_init needs initial factors, which mode {mode} has not")
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
+        if self.data.validation is None and _VALIDATED & set(self.training.model_dump(exclude_none=True)):
+            raise ValueError("training.eval_steps and its like read the loss on data.validation, which is not set")
         if self.export.format == "residual" and not self.adapter.has_start:
             raise ValueError(f"export.format residual needs initial factors, which mode {mode} has not")
         adapter = self.adapter
@@ -390,10 +394,3 @@ class Recipe(Strict):
     def as_json(self) -> dict[str, Any]:
         """Plain JSON types, every default filled in."""
         return self.model_dump(mode="json")
-
-
-def number(value: Any) -> Any:
-    """The number that a text like 1e-8 means, which YAML 1.1 reads as a string; anything else as it is."""
-    if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
-        return value
-    return float(value)

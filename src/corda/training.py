@@ -27,6 +27,11 @@ from corda.sharding import device_of
 
 _METER = {"drift_meter", "drift_steps", "max_drift", "drift_weight"}
 _OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init", *_METER}
+_OURS |= {"eval_steps", "eval_strategy"}
+EVAL_SHARE = 0.05  # of all steps, between two readings of the loss on validation records
+
+# Of a model, the records it learns from, the folder for checkpoints, and validation records.
+TrainerOf = Callable[[PeftModel, Sequence[Encoded], Path, Sequence[Encoded]], Trainer]
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Curve:
         drift_total: The total.
         drift_held_out: `drift` on knowledge that was not calibrated on; empty where there is none.
         stopped: The step at which the drift passed its limit; None where training went on to its end.
+        eval_step: The optimiser steps after which the loss on validation records was read.
+        eval_loss: What it was, as the trainer averages it over its batches of evaluation, in nats.
     """
 
     loss: tuple[float, ...]
@@ -54,6 +61,8 @@ class Curve:
     drift_total: tuple[float, ...] = ()
     drift_held_out: tuple[float, ...] = ()
     stopped: int | None = None
+    eval_step: tuple[int, ...] = ()
+    eval_loss: tuple[float, ...] = ()
 
 
 def train(
@@ -67,7 +76,8 @@ def train(
     seed: int = 0,
     progress: Progress = silent,
     meter: DriftMeter | None = None,
-    trainer_of: Callable[[PeftModel, Sequence[Encoded], Path], Trainer] | None = None,
+    trainer_of: TrainerOf | None = None,
+    validation: Sequence[Encoded] = (),
 ) -> Curve:
     """Train the model's adapter in place; by default on the loss of response tokens.
 
@@ -81,14 +91,19 @@ def train(
         seed: Of the data order.
         progress: Shows how far it is.
         meter: Read during training, logged, and held to `max_drift`; None for no meter.
-        trainer_of: Makes the trainer of a model, its records and the folder; default: `text_trainer`.
+        trainer_of: Makes the trainer of a model, its records, the folder and validation; default: `text_trainer`.
+        validation: Records whose loss is read during training; none: it is not.
 
     Raises:
-        DataError: no record has a response token.
+        DataError: no record has a response token, or none of those for validation.
     """
-    learnt = [one for one in encoded if one.learnable]
+    learnt, held = ([one for one in some if one.learnable] for some in (encoded, validation))
     if not learnt:
         raise DataError("no training record has a response token", where="data.learn", fix="raise data.max_length")
+    if validation and not held:
+        raise DataError(
+            "no validation record has a response token", where="data.validation", fix="raise data.max_length"
+        )
     processes = world()
     limit, found = (options.model_extra or {}).get("save_total_limit"), None
     if processes.first and options.resume_from_checkpoint:
@@ -101,7 +116,7 @@ def train(
         model.eval()
         return _curve(finished, 0.0)
     make = trainer_of or functools.partial(text_trainer, tokenizer=tokenizer, options=options, seed=seed)
-    trainer = make(model, learnt, folder)
+    trainer = make(model, learnt, folder, held)
     if options.decay_to_init:
         trainer.add_callback(DecayToInit(model, options.decay_to_init))
     watch = Watch(meter, options, functools.partial(Trainer.log, trainer)) if meter is not None else None
@@ -124,7 +139,14 @@ def train(
 
 
 def text_trainer(
-    model: PeftModel, learnt: Sequence[Encoded], folder: Path, *, tokenizer: Any, options: TrainingOptions, seed: int
+    model: PeftModel,
+    learnt: Sequence[Encoded],
+    folder: Path,
+    validation: Sequence[Encoded] = (),
+    *,
+    tokenizer: Any,
+    options: TrainingOptions,
+    seed: int,
 ) -> Trainer:
     """TRL's trainer on the loss of response tokens.
 
@@ -132,22 +154,28 @@ def text_trainer(
         model: From `attach`.
         learnt: Records with response tokens.
         folder: For checkpoints and logs.
+        validation: Records whose loss is read during training.
         tokenizer: Its tokenizer; for a model of images and text, its processor.
         options: TRL's fields.
         seed: Of the data order.
     """
     from trl import SFTTrainer
 
-    arguments = trainer_arguments(options, folder, seed, device_of(model))
+    arguments = trainer_arguments(options, folder, seed, device_of(model), validated=bool(validation))
     with _undisturbed(model):
         return SFTTrainer(
-            model=model, args=arguments, train_dataset=_dataset(learnt, arguments), processing_class=tokenizer
+            model=model,
+            args=arguments,
+            train_dataset=_dataset(learnt, arguments),
+            eval_dataset=_dataset(validation, arguments) if validation else None,
+            processing_class=tokenizer,
         )
 
 
 def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = None) -> Curve:
     logged = [entry for entry in log if "loss" in entry]
     read = [entry for entry in log if "drift" in entry]
+    validated = [entry for entry in log if "eval_loss" in entry]
     return Curve(
         tuple(float(e["loss"]) for e in logged),
         tuple(int(e["step"]) for e in logged),
@@ -158,6 +186,8 @@ def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = 
         tuple(float(e["drift_total"]) for e in read),
         tuple(float(e["drift_held_out"]) for e in read if "drift_held_out" in e),
         stopped,
+        tuple(int(e["step"]) for e in validated),
+        tuple(float(e["eval_loss"]) for e in validated),
     )
 
 
@@ -190,7 +220,9 @@ def _undisturbed(model: PeftModel) -> Iterator[None]:
         parameter.data = data
 
 
-def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device: torch.device) -> Any:
+def trainer_arguments(
+    options: TrainingOptions, folder: Path, seed: int, device: torch.device, *, validated: bool
+) -> Any:
     """TRL's SFTConfig for the options.
 
     Args:
@@ -198,16 +230,26 @@ def trainer_arguments(options: TrainingOptions, folder: Path, seed: int, device:
         folder: For checkpoints.
         seed: Of data order and sampling.
         device: To train on.
+        validated: Whether there are validation records.
 
     Raises:
         RecipeError: TRL refuses them.
     """
     from trl import SFTConfig
 
-    return arguments_of(SFTConfig, options, folder, seed, device, max_length=None)
+    return arguments_of(SFTConfig, options, folder, seed, device, validated=validated, max_length=None)
 
 
-def arguments_of(kind: Any, options: TrainingOptions, folder: Path, seed: int, device: torch.device, **own: Any) -> Any:
+def arguments_of(
+    kind: Any,
+    options: TrainingOptions,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    *,
+    validated: bool,
+    **own: Any,
+) -> Any:
     """A trainer's arguments for the options.
 
     Args:
@@ -216,12 +258,15 @@ def arguments_of(kind: Any, options: TrainingOptions, folder: Path, seed: int, d
         folder: For checkpoints.
         seed: Of data order and sampling.
         device: To train on.
+        validated: Whether there are validation records; their loss is then read every `eval_steps`.
         own: Fields that no recipe sets.
 
     Raises:
         RecipeError: the class refuses them.
     """
     passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
+    if validated:  # the trainer's own default, 8, may not fit where training is at 1
+        passed.setdefault("per_device_eval_batch_size", options.per_device_train_batch_size)
     try:
         return kind(
             output_dir=str(folder),
@@ -231,6 +276,8 @@ def arguments_of(kind: Any, options: TrainingOptions, folder: Path, seed: int, d
             bf16=_use_bf16(options, device),
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
+            eval_strategy=(options.model_extra or {}).get("eval_strategy", "steps") if validated else "no",
+            eval_steps=options.eval_steps or EVAL_SHARE,
             disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
             **passed,
             **own,

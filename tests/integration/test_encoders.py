@@ -190,6 +190,20 @@ def test_a_fresh_head_follows_from_its_seed(classify):
     assert not torch.equal(heads[0], heads[2])
 
 
+def test_a_classifiers_loss_on_validation_records_is_read(classify, moods):
+    raw = classify()
+    lines = (moods / "single_test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (moods / "validation.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    (moods / "single_test.jsonl").write_text("".join(lines[4:]), encoding="utf-8")
+    raw["data"]["validation"] = "validation.jsonl"
+    raw["training"] |= {"eval_steps": 0.25, "per_device_eval_batch_size": 3}
+    results = pipeline.run(parse_recipe(raw))
+    curve = results["train"]
+    assert curve["eval_step"] == [2, 4, 6, 8]
+    assert len(curve["loss"]) == 8
+    assert all(0 < loss < 10 for loss in curve["eval_loss"])
+
+
 def test_one_batch_of_eight_trains_as_eight_of_one(classify, tmp_path):
     """Some of transformers' classifiers average over each batch whatever the trainer says."""
     changes = []

@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 import torch
+from conftest import write_jsonl
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from corda import artifact, bases, checkpoints, journal, pipeline
@@ -91,6 +93,26 @@ def test_finished_stages_are_reused_and_changes_redo_what_they_concern(raw_recip
     raw_recipe["context"]["samples"] = 12
     pipeline.run(parse_recipe(raw_recipe))
     assert calls == ["collect", "plan", "train", "evaluate", "export"]
+
+
+def test_the_loss_on_validation_records_is_shown_and_changes_no_training(raw_recipe, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "learn_test.jsonl").read_text().splitlines()]
+    write_jsonl(data / "validation.jsonl", rows[:5])
+    write_jsonl(data / "learn_test.jsonl", rows[5:])
+    plain = parse_recipe(raw_recipe)
+    assert pipeline.run(plain)["train"]["eval_loss"] == []
+    raw_recipe["output_dir"] = str(tmp_path / "validated")
+    raw_recipe["data"]["validation"] = "validation.jsonl"
+    raw_recipe["training"]["eval_steps"] = 1
+    recipe = parse_recipe(raw_recipe)
+    results = pipeline.run(recipe)
+    assert results["train"]["eval_step"] == [1, 2, 3]
+    assert results["train"]["eval_loss"][-1] < results["train"]["eval_loss"][0]
+    adapters = [load_file(one.output_dir / "adapter" / "adapter_model.safetensors") for one in (plain, recipe)]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    keys = [Inputs(one).fingerprints for one in (plain, recipe)]
+    assert [kind for kind in keys[0] if keys[0][kind] != keys[1][kind]] == ["train", "after", "export"]
+    assert "validation" in (recipe.output_dir / "report.html").read_text(encoding="utf-8")
 
 
 def test_scores_of_the_same_base_are_taken_over(raw_recipe, tmp_path, monkeypatch):
@@ -244,6 +266,8 @@ def test_a_corrupted_artifact_is_never_used(raw_recipe, tmp_path):
         ({"data": {"keep": "none.jsonl"}}, DataError, "does not exist"),
         ({"data": {"keep": "keep_test.jsonl"}}, DataError, "also in the calibration data"),
         ({"data": {"learn": "learn_test.jsonl"}}, DataError, r"also in data\.learn"),
+        ({"data": {"validation": "learn.jsonl"}}, DataError, r"also in data\.learn"),
+        ({"data": {"validation": "learn_test.jsonl"}}, DataError, r"also in data\.validation"),
     ],
 )
 def test_bad_input_is_found_before_a_model_is_loaded(raw_recipe, tmp_path, monkeypatch, change, error, message):

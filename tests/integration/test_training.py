@@ -7,7 +7,7 @@ import torch
 
 from corda.adapter import attach
 from corda.context.collect import collect
-from corda.data.batches import encode, load_records
+from corda.data.batches import Encoded, encode, load_records
 from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL
 from corda.plan.make import make_plan
@@ -98,3 +98,47 @@ def test_tensorboard_through_report_to(adapted, tokenizer, rows, tmp_path, monke
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     run(adapted, tokenizer, rows, tmp_path / "t", report_to="tensorboard")
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_loss_on_validation_records_is_read_as_often_as_asked(adapted, tokenizer, rows, tmp_path):
+    from corda.evaluation.likelihood import answer_loss
+
+    held, few = rows[20:], {"per_device_eval_batch_size": 16, "learning_rate": 1e-12}
+    expected = answer_loss(adapted, held, 0, 8).value
+    options = TrainingOptions(**(OPTIONS | few | {"eval_steps": 2}))
+    curve = train(adapted, tokenizer, rows[:20], options, folder=tmp_path, fingerprint="k", validation=held)
+    assert curve.eval_step == (2, 4)
+    assert curve.eval_loss == pytest.approx((expected, expected), rel=1e-4)
+    assert len(curve.loss) == 4
+
+
+def test_by_default_validation_is_read_twenty_times(adapted, tokenizer, rows, tmp_path):
+    options = TrainingOptions(**(OPTIONS | {"max_steps": 40}))
+    curve = train(adapted, tokenizer, rows[:20], options, folder=tmp_path, fingerprint="k", validation=rows[20:])
+    assert curve.eval_step == tuple(range(2, 41, 2))
+    assert curve.eval_loss[-1] < curve.eval_loss[0]
+
+
+def test_the_best_checkpoint_is_what_is_left_where_that_is_asked_for(adapted, tokenizer, rows, tmp_path):
+    from corda.evaluation.likelihood import answer_loss
+
+    # The highest loss counts as the best here, so that it is not the last one.
+    asked = {"load_best_model_at_end": True, "greater_is_better": True, "per_device_eval_batch_size": 16}
+    options = TrainingOptions(**(OPTIONS | asked | {"eval_steps": 1, "save_steps": 1}))
+    curve = train(adapted, tokenizer, rows[:20], options, folder=tmp_path, fingerprint="k", validation=rows[20:])
+    assert curve.eval_loss[0] == max(curve.eval_loss) > 1.01 * curve.eval_loss[-1]
+    assert answer_loss(adapted, rows[20:], 0, 8).value == pytest.approx(curve.eval_loss[0], rel=1e-3)
+
+
+def test_validation_records_without_an_answer_are_named(adapted, tokenizer, rows, tmp_path):
+    blank = [Encoded(row.ids, (False,) * len(row.ids)) for row in rows[20:]]
+    with pytest.raises(DataError, match=r"data\.validation"):
+        train(
+            adapted,
+            tokenizer,
+            rows[:20],
+            TrainingOptions(**OPTIONS),
+            folder=tmp_path,
+            fingerprint="k",
+            validation=blank,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_a_run_on_images(raw, tmp_path, template):
     assert "AutoModelForImageTextToText" in (tmp_path / "run/adapter/README.md").read_text()
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert PeftModel.from_pretrained(base, tmp_path / "run/adapter").peft_config["default"].r == 8
+
+
+def test_the_loss_on_validation_images_is_read(raw, tmp_path):
+    records = sorted(tmp_path.rglob(raw["data"]["learn"]))[0]
+    lines = records.read_text(encoding="utf-8").splitlines(keepends=True)
+    records.write_text("".join(lines[4:]), encoding="utf-8")
+    records.with_name("validation.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    raw["data"]["validation"] = "validation.jsonl"
+    with pipeline.opened(parse_recipe(raw)) as stages:
+        curve = json.loads(stages.trained().path("curve.json").read_text(encoding="utf-8"))
+    assert curve["eval_step"] == curve["step"]
+    assert curve["eval_loss"][-1] < curve["eval_loss"][0]
 
 
 def test_the_harness_is_refused_for_a_model_that_takes_images(raw):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from corda.comparing.conclusions import conclusions
 from corda.comparing.study import parse_study
 from corda.report.bent import Bent
 from corda.report.comparison import write_comparison
-from corda.report.front import learning_forgetting
+from corda.report.front import convergence, learning_forgetting
 from corda.report.metered import drift_against_rise
 
 STUDY = {
@@ -171,3 +172,44 @@ def test_equal_loss_is_one_table_with_the_details_folded_away(comparison: dict, 
     assert ">-0.030 (" in text
     assert "against LoRA" in text
     assert text.count("<summary>Differences") == 1
+
+
+def with_validation(comparison: dict, lora: list[float], kpm: list[float]) -> dict:
+    made = copy.deepcopy(comparison)
+    for run in made["runs"]:
+        losses = lora if run["method"] == "lora" else kpm
+        run["curve"] |= {"eval_step": [1, 2, 3], "eval_loss": losses}
+    made["conclusions"] = conclusions(parse_study(STUDY), made["runs"])
+    return made
+
+
+def test_steps_are_those_of_the_validation_loss_where_it_was_read(comparison: dict, tmp_path: Path) -> None:
+    assert "validation" not in comparison["conclusions"]["steps"]["kpm"]
+    made = with_validation(comparison, lora=[4.0, 3.0, 2.0], kpm=[3.0, 1.0, 0.5])
+    found = made["conclusions"]["steps"]["kpm"]["validation"]
+    assert found["share"] == pytest.approx(1.5 / 3)  # halfway from 3.0 at 1 to 1.0 at 2
+    assert found["by_rate"]["0.003"] == {"share": pytest.approx(0.5), "seeds": 1}
+    lines = convergence(made).data
+    assert [list(line.y) for line in lines] == [[4.0, 3.0, 2.0], [3.0, 1.0, 0.5]]
+    assert "validation" in convergence(made).layout.yaxis.title.text
+    page = tmp_path / "page.html"
+    write_comparison(made, page)
+    text = page.read_text(encoding="utf-8")
+    assert "final validation loss, seed by seed" in text
+    assert "1.5 of 3" in text
+    assert "too noisy" not in text
+
+
+def test_a_reference_that_passes_its_own_final_loss_early_times_nobody(comparison: dict, tmp_path: Path) -> None:
+    made = with_validation(comparison, lora=[4.0, 1.0, 1.1], kpm=[3.0, 1.0, 0.5])
+    page = tmp_path / "page.html"
+    write_comparison(made, page)
+    assert "LoRA passes its own final validation loss after less than 80% of its steps" in page.read_text("utf-8")
+
+
+def test_where_some_runs_read_no_validation_loss_that_of_training_is_shown(comparison: dict) -> None:
+    made = with_validation(comparison, lora=[4.0, 3.0, 2.0], kpm=[3.0, 1.0, 0.5])
+    for run in made["runs"]:
+        if run["method"] == "kpm":
+            del run["curve"]["eval_loss"]
+    assert "training" in convergence(made).layout.yaxis.title.text

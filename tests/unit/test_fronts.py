@@ -236,6 +236,17 @@ def test_steps_to_reach_the_final_loss_of_another_run():
     assert smoothed([2.0, 4.0, 6.0], 2) == [2.0, 3.0, 5.0]
 
 
+def test_steps_to_reach_the_final_validation_loss_lie_between_readings():
+    slow = {"curve": {"step": list(range(1, 41)), "eval_step": [10, 20, 40], "eval_loss": [3.0, 2.5, 2.0]}}
+    fast = {"curve": {"step": list(range(1, 41)), "eval_step": [10, 20, 40], "eval_loss": [2.6, 1.6, 1.7]}}
+    found = steps_to_reach(fast, slow, "eval_loss")
+    assert found == {"steps": pytest.approx(16.0), "of": 40, "share": pytest.approx(0.4), "loss": 2.0}
+    assert steps_to_reach(slow, slow, "eval_loss")["share"] == 1.0
+    assert steps_to_reach(slow, fast, "eval_loss")["steps"] is None
+    at_once = {"curve": {"step": [1], "eval_step": [10], "eval_loss": [1.9]}}
+    assert steps_to_reach(at_once, slow, "eval_loss")["steps"] == 10  # no earlier reading to draw a line from
+
+
 def test_steps_at_one_rate_for_both():
     steps = list(range(1, 41))
 

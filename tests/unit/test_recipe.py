@@ -53,6 +53,8 @@ def test_fields_of_trl_pass_through(raw_recipe):
         ({"adapter": {"exponent": 2}}, "one of 0, 0.5 and 1"),
         ({"data": {"keep": None}}, "data.keep, which is not set"),
         ({"data": {"learn": None}}, "data.learn"),
+        ({"training": {"eval_steps": 5}}, "data.validation, which is not set"),
+        ({"training": {"load_best_model_at_end": True}}, "data.validation, which is not set"),
         ({"adapter": {"mode": "lora"}, "export": {"format": "residual"}}, "needs initial factors, which mode lora"),
     ],
 )

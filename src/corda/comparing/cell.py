@@ -158,7 +158,7 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
         "change": moved,
         "influence": {k: list(s.influence) for k, s in after.values.items()} if after else {},
         "influence_before": {k: list(s.influence) for k, s in before.values.items()},
-        "curve": {key: curve[key] for key in ("step", "loss", "learning_rate")},
+        "curve": {key: curve[key] for key in ("step", "loss", "learning_rate", "eval_step", "eval_loss")},
         "timing": _costs(stages, "seconds") | {"train": curve["seconds"]},
         "memory": _costs(stages, "peak_bytes"),
     }
@@ -192,6 +192,7 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
             fingerprint=artifact.fingerprint(method.name, inputs.fingerprints["train"]),
             seed=r.seed,
             trainer_of=inputs.kind.trainer,
+            validation=[inputs.kind.encode(record) for record in inputs.kind.validation_records],
         )
     facts = {"trainable_parameters": count, "step0": step0, "warnings": []}
     return model, facts, vars(curve)

@@ -87,30 +87,56 @@ def smoothed(losses: Sequence[float], window: int) -> list[float]:
     return [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
 
 
-def steps_to_reach(run: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-    """When a run's training loss falls below the final one of another run with the same batches.
+def steps_to_reach(run: Mapping[str, Any], reference: Mapping[str, Any], of: str = "loss") -> dict[str, Any]:
+    """When a run's loss falls below the final one of another run with the same batches.
 
-    Both are smoothed over a tenth of the steps. Only places with a whole window count.
+    The training loss, `of="loss"`, is smoothed over a tenth of the steps, and only places with a whole window count. It
+    is of other records at every step: with few records a step a run passes its own final loss long before its end.
+    The loss on validation records, `of="eval_loss"`, is of the same ones at every reading, and is taken as linear
+    between two of them.
+
+    Args:
+        run: With its curve.
+        reference: Another one.
+        of: Which of the curve's losses.
 
     Returns:
         steps (None where it does not), of (the reference's steps), share, and the loss to reach.
     """
-    window = max(1, len(reference["curve"]["loss"]) // 10)
-    target = smoothed(reference["curve"]["loss"], window)[-1]
-    own = smoothed(run["curve"]["loss"], window)
     total = reference["curve"]["step"][-1]
-    for step, loss in list(zip(run["curve"]["step"], own, strict=True))[window - 1 :]:
+    steps: float | None
+    if of == "loss":
+        window = max(1, len(reference["curve"]["loss"]) // 10)
+        target = smoothed(reference["curve"]["loss"], window)[-1]
+        own = smoothed(run["curve"]["loss"], window)
+        places = list(zip(run["curve"]["step"], own, strict=True))[window - 1 :]
+        steps = next((step for step, loss in places if loss <= target), None)
+    else:
+        target = reference["curve"][of][-1]
+        steps = _first_below(list(zip(run["curve"]["eval_step"], run["curve"][of], strict=True)), target)
+    return {"steps": steps, "of": total, "share": None if steps is None else steps / total, "loss": target}
+
+
+def _first_below(readings: Sequence[tuple[int, float]], target: float) -> float | None:
+    """The step at which a line through readings, (step, loss), first is at the target; None where it never is."""
+    for number, (step, loss) in enumerate(readings):
         if loss <= target:
-            return {"steps": step, "of": total, "share": step / total, "loss": target}
-    return {"steps": None, "of": total, "share": None, "loss": target}
+            if number == 0:
+                return float(step)
+            earlier, higher = readings[number - 1]
+            return step - (step - earlier) * (target - loss) / (higher - loss)
+    return None
 
 
-def shares_by_rate(runs: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def shares_by_rate(
+    runs: Sequence[Mapping[str, Any]], references: Sequence[Mapping[str, Any]], of: str = "loss"
+) -> dict[str, Any]:
     """`steps_to_reach` at one learning rate for both, as papers compare, for every rate that both were run at.
 
     Args:
         runs: Finished runs of a method.
         references: Those of the reference.
+        of: Which of the curve's losses.
 
     Returns:
         Rate -> the mean share over seeds that both have (None where one of them does not reach it), and their number.
@@ -120,7 +146,7 @@ def shares_by_rate(runs: Sequence[Mapping[str, Any]], references: Sequence[Mappi
     for run in runs:
         other = known.get((run["learning_rate"], run["seed"]))
         if other is not None:
-            shares.setdefault(run["learning_rate"], []).append(steps_to_reach(run, other)["share"])
+            shares.setdefault(run["learning_rate"], []).append(steps_to_reach(run, other, of)["share"])
     found = {}
     for rate, own in sorted(shares.items()):
         reached = [share for share in own if share is not None]

@@ -100,20 +100,28 @@ def _by_seed(runs: Runs, learn: str, keep: str) -> dict[int, list[Point]]:
 
 
 def _steps(study: Study, by_method: Mapping[str, Runs], chosen: Mapping[str, Choice | None]) -> dict[str, Any]:
+    """Steps to another method's final training loss; under "validation" the same of the validation loss, if known."""
     found: dict[str, Any] = {}
     for name in by_method:
         against = study.methods[name].against or study.reference
-        references = _at_best(by_method.get(against, ()), chosen.get(against))
-        own = _at_best(by_method[name], chosen[name])
-        seeds = {str(seed): steps_to_reach(run, references[seed]) for seed, run in own.items() if seed in references}
-        if seeds:
-            shares = [one["share"] for one in seeds.values()]
-            mean = None if None in shares else sum(shares) / len(shares)
-            by_rate = shares_by_rate(
-                _chosen(by_method[name], chosen[name]), _chosen(by_method[against], chosen[against])
-            )
-            found[name] = {"against": against, "seeds": seeds, "share": mean, "by_rate": by_rate}
+        own, reference = ((by_method.get(one, ()), chosen.get(one)) for one in (name, against))
+        timed = _timed(own, reference, "loss")
+        if timed["seeds"]:
+            found[name] = {"against": against, **timed}
+            validated = _timed(own, reference, "eval_loss")
+            if validated["seeds"]:
+                found[name]["validation"] = validated
     return found
+
+
+def _timed(one: tuple[Runs, Choice | None], other: tuple[Runs, Choice | None], of: str) -> dict[str, Any]:
+    """Steps of one method to the other's final loss: at the best rates of both, seed by seed, and at equal rates."""
+    own, reference = ([run for run in _chosen(*some) if run["curve"].get(of)] for some in (one, other))
+    mine, theirs = _at_best(own, one[1]), _at_best(reference, other[1])
+    seeds = {str(seed): steps_to_reach(run, theirs[seed], of) for seed, run in mine.items() if seed in theirs}
+    shares = [found["share"] for found in seeds.values()]
+    mean = None if None in shares or not shares else sum(shares) / len(shares)
+    return {"seeds": seeds, "share": mean, "by_rate": shares_by_rate(own, reference, of)}
 
 
 def _chosen(runs: Runs, choice: Choice | None) -> Runs:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from corda.comparing.methods import Method, method
 from corda.errors import RecipeError
+from corda.options import number
 from corda.reading import apply_overrides, parse_recipe, read_mapping
-from corda.recipe import Recipe, number
+from corda.recipe import Recipe
 
 Rate = Annotated[float, Field(gt=0)]
 

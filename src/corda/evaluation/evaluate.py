@@ -134,17 +134,31 @@ def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) 
         DataError: names the task, the data set and an example.
     """
     for task in tasks:
-        for origin, records in {**used, "its own shots": task.shots}.items():
-            keys = {record.key for record in records}
-            shared = [record for record in task.records if record.key in keys]
-            if shared:
-                raise DataError(
-                    f"{len(shared)} of {len(task.records)} evaluation records are also in {origin}",
-                    where=f"evaluation.tasks.{task.name}",
-                    got=repr(shared[0].key[:80]),
-                    expected="held-out records",
-                    fix="use another split or file for one of the two",
-                )
+        refuse_shared(f"evaluation.tasks.{task.name}", task.records, {**used, "its own shots": task.shots})
+
+
+def refuse_shared(where: str, held: Sequence[Record], used: Mapping[str, Sequence[Record]]) -> None:
+    """Refuse records that are to be held out and are not.
+
+    Args:
+        where: The key that they are given by.
+        held: To be held out.
+        used: Name of a data set in use -> its records.
+
+    Raises:
+        DataError: names the key, the data set and an example.
+    """
+    for origin, records in used.items():
+        keys = {record.key for record in records}
+        shared = [record for record in held if record.key in keys]
+        if shared:
+            raise DataError(
+                f"{len(shared)} of {len(held)} evaluation records are also in {origin}",
+                where=where,
+                got=repr(shared[0].key[:80]),
+                expected="held-out records",
+                fix="use another split or file for one of the two",
+            )
 
 
 def evaluate(

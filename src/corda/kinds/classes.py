@@ -120,15 +120,18 @@ class Classes(Kind):
         """Padded (B, L) ids and what belongs to them; labels are the numbers of the classes, (B,)."""
         return self.forward(rows) | {"labels": torch.tensor([row.labels[0] for row in rows])}
 
-    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+    def trainer(
+        self, model: PeftModel, learnt: Sequence[Encoded], folder: Path, validation: Sequence[Encoded] = ()
+    ) -> Trainer:
         """transformers' trainer.
 
         Args:
             model: From `attach`.
             learnt: Records that have something to learn from.
             folder: For checkpoints.
+            validation: Records whose loss is read during training.
         """
-        return label_trainer(self, model, learnt, folder)
+        return label_trainer(self, model, learnt, folder, validation)
 
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.

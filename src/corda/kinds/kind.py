@@ -75,6 +75,12 @@ class Kind(ABC):
         return self.records(self.recipe.data.learn)
 
     @cached_property
+    def validation_records(self) -> list[Record]:
+        """Records whose loss is read during training; none where the recipe names none."""
+        source = self.recipe.data.validation
+        return [] if source is None else self.records(source)
+
+    @cached_property
     def tasks(self) -> list[Task]:
         """Evaluation tasks with their records."""
         return load_tasks(self.recipe, self.records, self.check_task)
@@ -115,13 +121,16 @@ class Kind(ABC):
         """Keyword arguments of a forward pass that has a loss: padded (B, L) ids, and labels."""
 
     @abstractmethod
-    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+    def trainer(
+        self, model: PeftModel, learnt: Sequence[Encoded], folder: Path, validation: Sequence[Encoded] = ()
+    ) -> Trainer:
         """What trains a model on records.
 
         Args:
             model: From `attach`.
             learnt: Records that have something to learn from.
             folder: For checkpoints.
+            validation: Records whose loss is read during training.
         """
 
     @abstractmethod

@@ -22,7 +22,9 @@ from corda.kinds.kind import Kind
 from corda.sharding import device_of
 
 
-def label_trainer(kind: Kind, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+def label_trainer(
+    kind: Kind, model: PeftModel, learnt: Sequence[Encoded], folder: Path, validation: Sequence[Encoded] = ()
+) -> Trainer:
     """transformers' trainer on the batches that a kind of training makes of records.
 
     Args:
@@ -30,6 +32,7 @@ def label_trainer(kind: Kind, model: PeftModel, learnt: Sequence[Encoded], folde
         model: From `attach`.
         learnt: Records with labels.
         folder: For checkpoints.
+        validation: Records whose loss is read during training.
     """
     smoothing = float((kind.recipe.training.model_extra or {}).get("label_smoothing_factor", 0.0))
 
@@ -40,6 +43,7 @@ def label_trainer(kind: Kind, model: PeftModel, learnt: Sequence[Encoded], folde
         model=model,
         args=label_arguments(kind, folder, device_of(model)),
         train_dataset=list(learnt),
+        eval_dataset=list(validation) or None,
         data_collator=kind.batch,
         processing_class=kind.tokenizer,
         compute_loss_func=loss,
@@ -57,8 +61,10 @@ def label_arguments(kind: Kind, folder: Path, device: torch.device) -> TrainingA
     Raises:
         RecipeError: the trainer refuses some of the recipe's.
     """
-    own = {"remove_unused_columns": False, "label_names": ["labels"]}
-    return training.arguments_of(TrainingArguments, kind.recipe.training, folder, kind.recipe.seed, device, **own)
+    r = kind.recipe
+    own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"]}
+    own["validated"] = r.data.validation is not None
+    return training.arguments_of(TrainingArguments, r.training, folder, r.seed, device, **own)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None, smoothing: float = 0.0) -> Tensor:

@@ -76,15 +76,18 @@ class Seq2Seq(Kind):
             "labels": labels.masked_fill(~own, IGNORED),
         }
 
-    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+    def trainer(
+        self, model: PeftModel, learnt: Sequence[Encoded], folder: Path, validation: Sequence[Encoded] = ()
+    ) -> Trainer:
         """transformers' trainer, on the loss of the answers' tokens.
 
         Args:
             model: From `attach`.
             learnt: Records that have something to learn from.
             folder: For checkpoints.
+            validation: Records whose loss is read during training.
         """
-        return label_trainer(self, model, learnt, folder)
+        return label_trainer(self, model, learnt, folder, validation)
 
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.

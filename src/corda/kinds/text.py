@@ -64,16 +64,20 @@ class Text(Kind):
         ids = {"input_ids": made.input_ids, "attention_mask": made.attention_mask}
         return ids | {"labels": labels, **(made.more or {})}
 
-    def trainer(self, model: PeftModel, learnt: Sequence[Encoded], folder: Path) -> Trainer:
+    def trainer(
+        self, model: PeftModel, learnt: Sequence[Encoded], folder: Path, validation: Sequence[Encoded] = ()
+    ) -> Trainer:
         """TRL's trainer.
 
         Args:
             model: From `attach`.
             learnt: Records that have something to learn from.
             folder: For checkpoints.
+            validation: Records whose loss is read during training.
         """
         r = self.recipe
-        return training.text_trainer(model, learnt, folder, tokenizer=self.tokenizer, options=r.training, seed=r.seed)
+        own = {"tokenizer": self.tokenizer, "options": r.training, "seed": r.seed}
+        return training.text_trainer(model, learnt, folder, validation, **own)
 
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.
@@ -86,7 +90,9 @@ class Text(Kind):
             CordaError: a record that cannot be rendered, or an option that the trainer or images do not allow.
         """
         r = self.recipe
-        training.trainer_arguments(r.training, r.output_dir / "checkpoints", r.seed, device)
+        training.trainer_arguments(
+            r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
+        )
         for records in used.values():
             for record in records[:_LOOKED_AT]:
                 render(record, self.tokenizer, r.data.template)

@@ -16,6 +16,7 @@ from corda.report.html import cell, figure, row, section, table, write_document
 from corda.report.metered import metered_section
 
 _TOO_WIDE = 10.0  # limits of a share further apart say nothing
+_OWN_SHARE = 0.8  # a method that passes its own final loss earlier is not timed by that loss
 
 
 def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
@@ -62,9 +63,8 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         ),
         section(
             "Convergence",
-            figure("convergence", convergence(comparison), "At each method's best rate; running mean, over seeds"),
-            _steps(comparison),
-            _steps_at_one_rate(comparison),
+            figure("convergence", convergence(comparison), "At each method's best rate, mean over seeds"),
+            *_reached(comparison),
         ),
         metered_section(comparison),
         section("Time and memory", figure("costs", costs(comparison), "Mean over seeds"), _memory(comparison)),
@@ -163,17 +163,38 @@ def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
     return table(head, rows)
 
 
-def _steps(comparison: Mapping[str, Any]) -> str:
+def _reached(comparison: Mapping[str, Any]) -> list[str]:
+    """Steps to another method's final loss: of training, and of validation where it was read."""
+    steps = comparison["conclusions"]["steps"]
+    validated = {
+        name: {"against": one["against"], **one["validation"]} for name, one in steps.items() if "validation" in one
+    }
+    parts = []
+    for found, kind in ((validated, "validation"), (steps, "training")):
+        if not found:
+            continue
+        early = [name for name, one in found.items() if name == one["against"] and (one["share"] or 1) < _OWN_SHARE]
+        if early:
+            names = escape(", ".join(comparison["labels"][name] for name in early))
+            parts.append(
+                f"<p>{names} passes its own final {kind} loss after less than {_OWN_SHARE:.0%} of its steps: here the "
+                f"{kind} loss is too noisy to say who is faster.</p>"
+            )
+        parts += [_steps(comparison, found, kind), _steps_at_one_rate(comparison, found, kind)]
+    return parts
+
+
+def _steps(comparison: Mapping[str, Any], found: Mapping[str, Any], kind: str) -> str:
     labels, rows = comparison["labels"], []
-    for name, found in comparison["conclusions"]["steps"].items():
-        seeds = found["seeds"].values()
-        text = ", ".join(f"{s['steps'] if s['steps'] is not None else 'not'} of {s['of']}" for s in seeds)
-        rows.append(row(labels[name], [cell(escape(labels[found["against"]])), cell(text)]))
-    return table(["method", "against", "steps to reach its final training loss, seed by seed"], rows)
+    for name, one in found.items():
+        seeds = one["seeds"].values()
+        text = ", ".join(f"{s['steps']:.3g} of {s['of']}" if s["steps"] is not None else "not" for s in seeds)
+        rows.append(row(labels[name], [cell(escape(labels[one["against"]])), cell(text)]))
+    return table(["method", "against", f"steps to reach its final {kind} loss, seed by seed"], rows)
 
 
-def _steps_at_one_rate(comparison: Mapping[str, Any]) -> str:
-    labels, found = comparison["labels"], comparison["conclusions"]["steps"]
+def _steps_at_one_rate(comparison: Mapping[str, Any], found: Mapping[str, Any], kind: str) -> str:
+    labels = comparison["labels"]
     rates = sorted({float(rate) for one in found.values() for rate in one["by_rate"]})
     rows = []
     for name, one in found.items():
@@ -181,7 +202,8 @@ def _steps_at_one_rate(comparison: Mapping[str, Any]) -> str:
             shares = [one["by_rate"].get(f"{rate:g}") for rate in rates]
             texts = ["" if s is None else "not" if s["share"] is None else f"{s['share']:.2f}" for s in shares]
             rows.append(row(labels[name], [cell(escape(labels[one["against"]])), *map(cell, texts)]))
-    return table(["both at the rate", "share of the steps of", *[f"{rate:g}" for rate in rates]], rows)
+    head = ["both at the rate", f"{kind} loss: share of the steps of", *[f"{rate:g}" for rate in rates]]
+    return table(head, rows)
 
 
 def _memory(comparison: Mapping[str, Any]) -> str:

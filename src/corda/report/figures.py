@@ -61,7 +61,7 @@ class Run:
 
 
 def training_curves(runs: Sequence[Run]) -> go.Figure:
-    """Training loss against steps: each run's logged values, faint, and their running mean."""
+    """Training loss against steps, as logged, faint, with its running mean; dots: that of validation records."""
     figure = go.Figure()
     for i, run in enumerate(runs):
         curve = run.results["train"]
@@ -75,6 +75,15 @@ def training_curves(runs: Sequence[Run]) -> go.Figure:
         common = {"mode": "lines", "name": name, "legendgroup": name, "x": step[keep]}
         figure.add_scatter(**common, y=loss[keep], line=faint, opacity=0.35, showlegend=False, hoverinfo="skip")
         figure.add_scatter(**common, y=smooth[keep], line=line, hovertemplate="step %{x}: %{y:.3f}")
+        figure.add_scatter(
+            x=curve.get("eval_step", []),
+            y=curve.get("eval_loss", []),
+            mode="markers",
+            name=f"{name}, validation",
+            marker={"color": colour, "size": 6},
+            showlegend=bool(curve.get("eval_loss")),
+            hovertemplate="step %{x}: validation %{y:.3f}",
+        )
     figure.update_layout(layout(360))
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="training loss (nats/token)")

@@ -136,33 +136,47 @@ def _legend(comparison: Mapping[str, Any]) -> int:
 
 
 def convergence(comparison: Mapping[str, Any]) -> go.Figure:
-    """Training loss at each method's best rate, mean over seeds, smoothed over a tenth of the steps."""
+    """Loss against steps at each method's best rate, mean over seeds: of validation records where it was read.
+
+    Otherwise that of training, smoothed over a tenth of the steps.
+    """
+    shown = {name: runs for name in comparison["labels"] if (runs := _at_best_rate(comparison, name))}
+    validated = bool(shown) and all(run["curve"].get("eval_loss") for runs in shown.values() for run in runs)
     figure = go.Figure()
     for number, (name, label) in enumerate(comparison["labels"].items()):
-        best = comparison["conclusions"]["best"].get(name, {})
-        runs = [
-            run
-            for run in comparison["runs"]
-            if run["method"] == name and run["learning_rate"] == best.get("learning_rate") and run["status"] == "done"
-        ]
-        if not runs:
+        if name not in shown:
             continue
-        n = min(len(run["curve"]["loss"]) for run in runs)
-        window = max(1, n // _WINDOW)
-        means = [sum(run["curve"]["loss"][i] for run in runs) / len(runs) for i in range(n)]
-        smooth = [sum(means[i - window + 1 : i + 1]) / window for i in range(window - 1, n)]
+        step, loss = _mean_curve(shown[name], validated)
         figure.add_scatter(
-            x=runs[0]["curve"]["step"][window - 1 : n],
-            y=smooth,
+            x=step,
+            y=loss,
             mode="lines",
-            name=html.escape(f"{label}, {best['learning_rate']:g}"),
+            name=html.escape(f"{label}, {shown[name][0]['learning_rate']:g}"),
             line={"color": colour(number), "width": 2},
             hovertemplate="step %{x}: %{y:.3f}",
         )
     figure.update_layout(layout(400 + _legend(comparison)))
     figure.update_xaxes(title="step")
-    figure.update_yaxes(title="training loss, nats per token")
+    figure.update_yaxes(title=f"{'validation' if validated else 'training'} loss, nats per token")
     return figure
+
+
+def _at_best_rate(comparison: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """A method's finished runs at its best rate."""
+    rate = comparison["conclusions"]["best"].get(name, {}).get("learning_rate")
+    runs = (run for run in comparison["runs"] if run["method"] == name and run["status"] == "done")
+    return [run for run in runs if run["learning_rate"] == rate]
+
+
+def _mean_curve(runs: Sequence[Mapping[str, Any]], validated: bool) -> tuple[list[int], list[float]]:
+    """Steps and the mean loss over runs there."""
+    key, at = ("eval_loss", "eval_step") if validated else ("loss", "step")
+    n = min(len(run["curve"][key]) for run in runs)
+    window = 1 if validated else max(1, n // _WINDOW)
+    means = [sum(run["curve"][key][i] for run in runs) / len(runs) for i in range(n)]
+    return runs[0]["curve"][at][window - 1 : n], [
+        sum(means[i - window + 1 : i + 1]) / window for i in range(window - 1, n)
+    ]
 
 
 def costs(comparison: Mapping[str, Any]) -> go.Figure:

@@ -83,7 +83,12 @@ def _body(runs: Sequence[Run], title: str) -> list[str]:
         f'<ul class="statements">{"".join(f"<li>{_statement(run)}</li>" for run in runs)}</ul>',
         _scores(runs),
         section(
-            "Training", figure("training", figures.training_curves(runs), "Faint: as logged; strong: running mean")
+            "Training",
+            figure(
+                "training",
+                figures.training_curves(runs),
+                "Faint: as logged; strong: running mean; dots: of data.validation",
+            ),
         ),
         drift_section(runs),
         spectra_section(runs),
