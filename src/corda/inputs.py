@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from corda import artifact, models, quantization
+from corda.advice import advice
 from corda.context.keeping import refuse_recollecting
 from corda.context.store import HELD_OUT
 from corda.data import sources
@@ -262,7 +263,9 @@ class Inputs:
         allocated = self.recipe.adapter.allocation == "dynamic" and any(
             by_hand(self.recipe.adapter, t.name).rank is None for t in targets
         )
-        later = {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
+        notes = advice(self.recipe)
+        later: dict[str, Any] = {"warnings": notes} if notes else {}
+        later |= {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
         return {
             "layers": len(targets),
             "trainable_parameters": sum(self.recipe.adapter.cost(t.d_out, t.d_in) * ranks[t.name] for t in targets),

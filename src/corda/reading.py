@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -174,7 +174,21 @@ def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
 
 def _suggest(word: str, candidates: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    elsewhere = [key for key in _keys(Recipe) if key.rpartition(".")[2] == word]
+    if elsewhere:
+        return f", did you mean {elsewhere[0]!r}?"
     return f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(candidates))})"
+
+
+def _keys(block: type[BaseModel], inside: str = "") -> Iterator[str]:
+    """Every dotted key of a block and the blocks below it."""
+    for name, field in block.model_fields.items():
+        yield f"{inside}{name}"
+        below = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        for part in below:
+            if issubclass(part, BaseModel):
+                named = "NAME." if get_origin(field.annotation) is dict else ""
+                yield from _keys(part, f"{inside}{name}.{named}")
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corda import artifact, models
+from corda.advice import advice
 from corda.evaluation.evaluate import Scores
 from corda.evaluation.scores import change
 from corda.exporting.kept import kept_warning
@@ -64,6 +65,7 @@ def results(
         "timing": {stage: cost["seconds"] for part in costs for stage, cost in part.items()},
         "memory": {stage: cost["peak_bytes"] for part in costs for stage, cost in part.items()},
         "warnings": [
+            *advice(r),
             *plan.warnings,
             *_drift(inputs, trained.manifest["step0"]),
             *trained.manifest["warnings"],

@@ -14,7 +14,7 @@ RANKS = [
     {"disk"},
     {"ranks", "options"},
     {"recipe", "artifact", "metric", "progress", "metering", "distributed", "heap"},
-    {"reading", "commenting"},
+    {"reading", "commenting", "advice"},
     {"krylov", "journal"},
     {"linalg", "compress", "tradeoff"},
     {"architectures", "experts", "processing", "sharding"},

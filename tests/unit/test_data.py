@@ -159,3 +159,37 @@ def test_rounds_are_disjoint_and_seeded(data, tokenizer):
 def test_keys_keep_what_arithmetic_needs(one, other, same):
     keys = [record.key for record in to_records([{"question": q, "answer": "a"} for q in (one, other)])]
     assert (keys[0] == keys[1]) is same
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [{"content": "Hi."}]}, r"no field 'role'"),
+        (
+            {"messages": [{"role": "user", "content": "Hi."}, {"role": "tool", "content": None}]},
+            "content of tool is None",
+        ),
+        ({"conversations": [{"from": "tool", "value": "3"}]}, "a turn is from 'tool', expected one of human, gpt"),
+        ({"question": "How many?", "answer": []}, "answer is an empty list"),
+        ({"question": "How many?", "answer": None}, "no format"),
+        (
+            {"context": "A", "choices": ["b", "c"], "label": "B"},
+            r"label is 'B', expected the number of a choice, 0 to 1",
+        ),
+        ({"context": "A", "choices": ["b", "c"], "label": 2}, "label is 2, expected the number"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said_in_its_own_terms(record, message):
+    with pytest.raises(DataError, match=message) as caught:
+        to_records([record])
+    assert "Error:" not in str(caught.value)
+    assert "To fix" in str(caught.value)
+
+
+def test_numbers_are_taken_as_text():
+    (record,) = to_records([{"question": "How many?", "answer": [4, 4.5]}])
+    assert record.answers == ("4", "4.5")
+    assert to_records([{"text": 7}])[0].response == "7"
+    for empty in (True, float("nan")):  # the second is an empty cell of a table
+        with pytest.raises(DataError, match=f"answer is {empty}"):
+            to_records([{"question": "How many?", "answer": empty}])

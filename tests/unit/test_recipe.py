@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from corda.advice import advice
 from corda.errors import RecipeError
+from corda.inputs import Inputs
 from corda.reading import load_recipe, parse_recipe
 from corda.recipe import Recipe
 
@@ -89,3 +91,56 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("- a\n")
     with pytest.raises(RecipeError, match="not a mapping"):
         load_recipe(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"rank": 8}, "adapter.rank"),
+        ({"data": {"columns": {}}}, "data.learn.columns"),
+        ({"context": {"mode": 1}}, "mode"),
+    ],
+)
+def test_a_key_in_the_wrong_block_is_sent_to_the_right_one(raw_recipe, change, key):
+    for block, values in change.items():
+        raw_recipe[block] = {**raw_recipe.get(block, {}), **values} if isinstance(values, dict) else values
+    with pytest.raises(RecipeError, match=rf"did you mean '(\w+\.)*{key}'"):
+        parse_recipe(raw_recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"adapter": {"mode": "contrast", "balance": "sigma", "rank": 4}},
+            "balance sigma does nothing in mode contrast",
+        ),
+        ({"adapter": {"mode": "ipm", "orthonormal": True}}, "orthonormal true does nothing in mode ipm"),
+        ({"adapter": {"rank_cap": 4}}, "rank_cap count under adapter.allocation dynamic"),
+        ({"training": {"weight_decay": 0.1}}, "weight_decay 0.1 pulls B A to zero, and mode kpm starts with"),
+        ({"context": {"rounds": 5}}, "only the first is used: set context.selection"),
+        ({"context": {"selection": "dynamic"}}, "has one round to choose from"),
+    ],
+)
+def test_settings_that_do_nothing_or_harm_are_named(raw_recipe, change, message):
+    assert advice(parse_recipe(raw_recipe)) == []
+    for block, values in change.items():
+        raw_recipe[block] |= values
+    (note,) = advice(parse_recipe(raw_recipe))
+    assert message in note
+    assert Inputs(parse_recipe(raw_recipe)).check()["warnings"] == [note]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapter": {"mode": "contrast", "mu": 0.5}, "training": {"weight_decay": 5.0}},
+        {"adapter": {"allocation": "dynamic", "rank_cap": 6}},
+        {"context": {"rounds": 3, "selection": "pooled"}},
+        {"adapter": {"mode": "lora"}, "training": {"weight_decay": 5.0}},
+    ],
+)
+def test_settings_that_count_are_not_named(raw_recipe, change):
+    for block, values in change.items():
+        raw_recipe[block] |= values
+    assert advice(parse_recipe(raw_recipe)) == []

@@ -28,9 +28,16 @@ def run(
     if dry_run:
         from corda.inputs import Inputs
 
-        print_value(Inputs(parsed).check(), as_json)
+        facts = Inputs(parsed).check()
+        notes = [] if as_json else facts.pop("warnings", [])
+        print_value(facts, as_json)
+        warn(notes)
         return
     from corda import pipeline
+    from corda.advice import advice
+
+    if not as_json:
+        warn(advice(parsed))
 
     results = pipeline.run(parsed, progress=shown)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -126,7 +127,8 @@ def to_records(
             raise DataError(
                 f"a record does not fit the format {format}",
                 where=f"{where}, record {number}",
-                got=f"{type(error).__name__}: {error}",
+                got=f"no field {error}" if isinstance(error, KeyError) else str(error),
+                fix="correct the record or leave it out; `format:` beside `dataset:` names another format",
             ) from None
     return records
 
@@ -231,11 +233,14 @@ def _no_format(record: Mapping[str, Any], where: str, wanted: str, known: Sequen
         where=where,
         got=f"fields {', '.join(record)}",
         expected=f"{wanted}; known are {formats}",
-        fix=f"map the fields, for example `columns: {{{mapped}}}`",
+        fix=f"map the fields: `columns: {{{mapped}}}` beside `dataset:` in the recipe, or on the command line "
+        f"--set data.learn.columns.{first}=your_column --set data.learn.columns.{others[-1]}=your_other_column",
     )
 
 
 def _text(value: Any, name: str) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} is {value!r}, expected text")
     return value
@@ -247,6 +252,8 @@ def _qa(record: Mapping[str, Any]) -> Record:
     if isinstance(given, Mapping):  # SQuAD and TriviaQA: {"text": [...]} or {"value": ..., "aliases": [...]}
         given = given.get("text") or [given["value"], *given.get("aliases", [])]
     answers = tuple(_text(a, "answer").strip() for a in (given if isinstance(given, list | tuple) else [given]))
+    if not answers:
+        raise ValueError("answer is an empty list, expected one answer at least")
     turns = (("user", question), ("assistant", answers[0]))
     return Record(f"Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
 
@@ -271,11 +278,14 @@ def _prompt_completion(record: Mapping[str, Any]) -> Record:
 
 
 def _messages(record: Mapping[str, Any]) -> Record:
-    turns = tuple((m["role"], _text(pictures.flat(m["content"]), "content")) for m in record["messages"])
-    return _conversation(turns)
+    turns = [(_text(m["role"], "role"), m["content"]) for m in record["messages"]]
+    return _conversation(tuple((role, _text(pictures.flat(said), f"content of {role}")) for role, said in turns))
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Record:
+    foreign = [m["from"] for m in record["conversations"] if m["from"] not in _ROLES]
+    if foreign:
+        raise ValueError(f"a turn is from {foreign[0]!r}, expected one of {', '.join(_ROLES)}")
     turns = tuple((_ROLES[m["from"]], _text(m["value"], "value")) for m in record["conversations"])
     return _conversation(turns)
 
@@ -295,10 +305,11 @@ def _running_text(record: Mapping[str, Any]) -> Record:
 
 def _choice(record: Mapping[str, Any]) -> Record:
     choices = tuple(_text(c, "choice") for c in record["choices"])
-    label = int(record["label"])
+    given = str(record["label"])
     context = _text(record["context"], "context")
-    if not 0 <= label < len(choices):
-        raise ValueError(f"label {label} is not an index of {len(choices)} choices")
+    if not given.isdecimal() or int(given) >= len(choices):
+        raise ValueError(f"label is {record['label']!r}, expected the number of a choice, 0 to {len(choices) - 1}")
+    label = int(given)
     return Record(context, f" {choices[label]}", choices=choices, label=label, answers=(choices[label],))
 
 
