@@ -29,8 +29,8 @@ from corda.evaluation.likelihood import answer_loss
 from corda.evaluation.scores import Score, change
 from corda.metric import Metric, damping
 from corda.options import ModelOptions
-from corda.recipe import DataSource
 from corda.targets import LayerSpec, find_targets
+from corda.tasks import DataSource
 
 WINDOW, TEST_WINDOW, TEST_WINDOWS = 128, 512, 12
 RANKS = (16, 32, 64, 128, 256)

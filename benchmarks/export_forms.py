@@ -22,7 +22,7 @@ from corda.adapter import relative_difference
 from corda.data.sources import read_records
 from corda.exporting.check import probe_logits
 from corda.options import ModelOptions
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 RANK, MOVE = 16, 0.02
 FORMS: tuple[dict[str, Any], ...] = ({}, {"format": "residual"}, {"format": "merged"}, {"rank": 24}, {"rank": 16})

@@ -30,8 +30,8 @@ from corda.data.batches import Encoded, encode, load_records
 from corda.metric import Metric, damping, full_precision
 from corda.models import Quantisation
 from corda.options import ModelOptions
-from corda.recipe import DataSource
 from corda.targets import LayerSpec, find_targets, weight_of
+from corda.tasks import DataSource
 
 LENGTH = 256
 NF4 = Quantisation("nf4", False, False)

@@ -17,7 +17,7 @@ from corda import models
 from corda.data.batches import Encoded, encode, load_records
 from corda.metering import Meter
 from corda.options import ModelOptions
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 WINDOWS, LENGTH, RANK = 32, 256, 32
 

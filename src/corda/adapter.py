@@ -52,6 +52,7 @@ class _ExactSaving:
         if state is not None:  # the model is sharded over processes, all of which have come here
             kwargs |= {"state_dict": state, "is_main_process": world().first}
         names = selected_adapters or [name for name in model.peft_config if name not in _FROZEN]
+        kwargs.setdefault("save_embedding_layers", False)  # "auto" would add lm_head's W where it is adapted
         above.save_pretrained(str(save_directory), selected_adapters=names, **kwargs)
         if TRAINED in names and INITIAL in model.peft_config and kwargs.get("is_main_process", True):
             config, state = plain_lora(model, kwargs.get("state_dict"))
@@ -260,8 +261,10 @@ def plain_lora(
     Returns:
         Its configuration, and parameter name -> A (2r, d_in) or B (d_out, 2r).
     """
-    now = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=TRAINED)
-    start = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=INITIAL)
+    now, start = (
+        get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
+        for name in (TRAINED, INITIAL)
+    )
     state = {}
     experts = parameters.experts_of_keys(model)
     for key, tensor in now.items():
@@ -293,7 +296,7 @@ def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
     Raises:
         AdapterError: other layers, other shapes, or another start.
     """
-    start = get_peft_model_state_dict(model, adapter_name=INITIAL)
+    start = get_peft_model_state_dict(model, adapter_name=INITIAL, save_embedding_layers=False)
     own = model.state_dict()
     experts = parameters.experts_of_keys(model)
     for key, initial in ((key, tensor) for key, tensor in start.items() if ".lora_" in key):

@@ -51,6 +51,12 @@ def advice(recipe: Recipe) -> list[str]:
         )
     if collected and context.rounds == 1 and context.selection != "first":
         notes.append(f"context.selection {context.selection} has one round to choose from: set context.rounds, e.g. 5")
+    notes += [
+        f"evaluation.tasks.{name}.answer_after is never reached in an answer of several lines: `stop` ends it with the "
+        "first one"
+        for name, task in recipe.evaluation.tasks.items()
+        if task.answer_after and "\n" in task.stop
+    ]
     return notes
 
 

@@ -31,6 +31,7 @@ _LOADERS: dict[ModelTask, tuple[Any, Any]] = {
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
+_POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # BERT and its like; OPT, BART; GPT-2
 _HEADS: dict[str, ModelTask] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
@@ -168,3 +169,13 @@ def _refuse_unknown(config: Any, asked: ModelTask) -> None:
         got=asked,
         expected=", ".join(possible) or "a model type that transformers knows",
     )
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """The longest sequence that a model with an embedding of positions takes; None for one that computes them."""
+    places = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith(_POSITIONS) and "vision" not in name:
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            places.append(module.num_embeddings - int(getattr(module, "offset", padding)))
+    return min(places, default=None)

@@ -129,6 +129,8 @@ class Bases:
             tolerance = max(tolerance, allowed(base, [layer.name for layer in plan.layers], probe))
         weights = self.for_context()[1] if four_bit and form == "residual" else None
         model = adapter.attach(base, plan, base=form, seed=self.recipe.seed, weights=weights.get if weights else None)
+        for config in model.peft_config.values():  # so that readers of the adapter load the very base
+            config.revision = self.inputs.source.revision
         self.live = model
         differences = {}
         for mode in ("eval", "train"):

@@ -20,7 +20,8 @@ from corda.data.sources import HELD_OUT_NAMES, local_file
 from corda.errors import DataError
 from corda.inputs import Inputs
 from corda.reading import apply_overrides, parse_recipe
-from corda.recipe import DataSource, Recipe
+from corda.recipe import Recipe
+from corda.tasks import DataSource
 
 _LOOKED_AT = 500  # records whose length is measured
 _LONGEST = 1024  # tokens that a draft goes up to by itself

@@ -79,7 +79,7 @@ def resolve(options: ModelOptions) -> Source:
     if name.startswith("package:"):
         found = _model_in_package(name.removeprefix("package:"))
         return _converted(found) if found.suffix == ".gguf" else Source(str(found), None)
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError("the GGUF file does not exist", where=name, fix="check model.model_name_or_path")
@@ -87,7 +87,7 @@ def resolve(options: ModelOptions) -> Source:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError("the folder holds no model", where=name, expected="a config.json in it")
-        return Source(name, None)
+        return Source(str(path) if name.startswith("~") else name, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError("the model folder does not exist", where=name, fix="check model.model_name_or_path")
     return Source(name, options.revision)

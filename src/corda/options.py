@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceMap = Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None
@@ -16,6 +16,7 @@ Layout = Literal["patterns", "uniform"]
 ModelTask = Literal["causal-lm", "image-text-to-text", "seq2seq-lm", "sequence-classification", "token-classification"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]  # ~ is the home folder, as in a shell
 
 
 class Strict(BaseModel):
@@ -73,7 +74,7 @@ class ExportOptions(Strict):
         "patterns", description="patterns: a rank per layer, for PEFT; uniform: one rank and alpha, for servers"
     )
     max_rank: PositiveInt | None = Field(None, description="largest rank that your server takes; more is an error")
-    output: Path | None = Field(None, description="folder; default: adapter, residual or merged in output_dir")
+    output: Folder | None = Field(None, description="folder; default: adapter, residual or merged in output_dir")
     max_shard_size: str = Field("5GB", description="largest file of full weights")
     tolerance: float | None = Field(
         None,

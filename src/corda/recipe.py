@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from corda.options import ExportOptions, ModelOptions, PositiveInt, Strict, number
+from corda.options import ExportOptions, Folder, ModelOptions, PositiveInt, Strict, number
 from corda.ranks import Ranks
+from corda.tasks import DataSource, EvaluationOptions
 
 Mode = Literal["kpm", "ipm", "dual", "contrast", "lora"]
 Directions = Literal["contrast", "random", "task", "null", "combination"]
@@ -19,58 +20,16 @@ Selection = Literal["first", "pooled", "dynamic"]
 Scale = Literal["token", "unit"]
 Covariances = Literal["auto", "disk", "recollect"]
 Correction = Literal["none", "fit", "frozen"]
-RecordFormat = Literal[
-    "auto",
-    "qa",
-    "alpaca",
-    "prompt_completion",
-    "messages",
-    "sharegpt",
-    "text",
-    "choice",
-    "code",
-    "classification",
-    "tagged",
-]
 Tower = Literal["language", "vision", "projector"]
-Metric = Literal["answer_loss", "exact_match", "perplexity", "accuracy", "pass_at_1", "loss", "f1"]
 
 _VALIDATED = {"eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end"}  # fields of the trainer
 TWO_CONTEXTS = frozenset({"dual", "contrast"})  # modes that weigh the task against the knowledge
 
 
-class DataSource(Strict):
-    """One data set: a Hub id or a json, jsonl, csv or parquet file."""
-
-    dataset: str = Field(description="Hub id, or a file (relative to data.data_dir, else to the working folder)")
-    name: str | None = Field(None, description="Hub configuration name")
-    split: str = Field("train", description="split, for Hub data sets")
-    format: RecordFormat = Field("auto", description="record format; auto looks at the fields")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="mapping from a format's field to your column, e.g. {question: q}"
-    )
-    max_records: PositiveInt | None = Field(None, description="use at most this many, drawn with the run's seed")
-    part: tuple[int, int] | None = Field(
-        None, description="use only records [from, to) of one fixed random order: the same ones for every seed"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: object) -> object:
-        return {"dataset": value} if isinstance(value, str) else value
-
-    @field_validator("part")
-    @classmethod
-    def _not_empty(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and not 0 <= value[0] < value[1]:
-            raise ValueError("a part is [from, to) with 0 <= from < to")
-        return value
-
-
 class DataOptions(Strict):
     """What to learn, what to keep, and how records become tokens."""
 
-    data_dir: Path | None = Field(None, description="folder that relative data files are looked up in")
+    data_dir: Folder | None = Field(None, description="folder that relative data files are looked up in")
     template: Literal["plain", "chat"] = Field(
         "plain", description="plain: 'Question: ...\\nAnswer: ...'; chat: the tokenizer's chat template"
     )
@@ -279,44 +238,10 @@ class TrainingOptions(BaseModel):
         return {k: number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class EvaluationTask(Strict):
-    """One held-out data set with its metrics."""
-
-    dataset: DataSource
-    measures: Literal["learn", "keep"] = Field(description="which side of the bargain it measures")
-    metrics: list[Metric] = Field(["answer_loss"], min_length=1)
-    shots: int = Field(0, ge=0, description="solved examples before each question, from `shots_from`")
-    shots_from: DataSource | None = Field(None, description="where the shots come from; default: data.keep/learn")
-    max_new_tokens: PositiveInt = Field(32, description="for exact_match")
-    stop: list[str] = Field(default_factory=lambda: ["\n"], description="generated text ends before these")
-    answer_after: str | None = Field(
-        None, description="compare only what follows the last occurrence of this, e.g. '####'"
-    )
-    choice_prompt: str = Field("{context}", description="for accuracy: how a context is put to the model")
-
-    @field_validator("metrics")
-    @classmethod
-    def _no_mixture(cls, value: list[Metric]) -> list[Metric]:
-        alone = {"perplexity", "accuracy"} & set(value)
-        if alone and set(value) - {"accuracy", "loss", "f1"} and len(value) > 1:
-            raise ValueError(f"{sorted(alone)[0]} stands alone; give the other metrics a task of their own")
-        return value
-
-
-class EvaluationOptions(Strict):
-    """What is measured before and after training."""
-
-    tasks: dict[str, EvaluationTask] = Field(default_factory=dict)
-    batch_size: PositiveInt = 16
-    window: PositiveInt = Field(1024, description="tokens per window, for perplexity")
-    samples_shown: int = Field(4, ge=0, description="generated answers per task kept for the report")
-    execute_code: bool = Field(False, description="for pass_at_1: run what the model writes, see docs/evaluation.md")
-
-
 class Recipe(Strict):
     """One run, from a base model and data to an adapter with its scores."""
 
-    output_dir: Path = Field(description="folder of the run: one recipe, one folder")
+    output_dir: Folder = Field(description="folder of the run: one recipe, one folder")
     seed: int = Field(0, description="of data order, calibration samples and random starts")
     model: ModelOptions
     data: DataOptions = Field(default_factory=lambda: DataOptions())
@@ -335,7 +260,8 @@ class Recipe(Strict):
             raise ValueError(f"training.decay_to_init needs initial factors, which mode {mode} has not")
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
-        if self.data.validation is None and _VALIDATED & set(self.training.model_dump(exclude_none=True)):
+        asked = self.training.model_dump()
+        if self.data.validation is None and any(asked.get(key) not in {None, False, "no"} for key in _VALIDATED):
             raise ValueError("training.eval_steps and its like read the loss on data.validation, which is not set")
         if self.export.format == "residual" and not self.adapter.has_start:
             raise ValueError(f"export.format residual needs initial factors, which mode {mode} has not")

@@ -15,11 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from corda import experts
 from corda.architectures import heads
-from corda.errors import TargetError
+from corda.errors import ModelError, TargetError
 from corda.recipe import Tower
 from corda.sharding import stored_weight, whole
 from corda.towers import tower_of, towers
 
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 Kind = Literal["linear", "conv1d", "expert", "expert_t"]
 _NUMBERED = re.compile(r"(.*\.experts)\.(?:expert_)?(\d+)\.(.+)")
 
@@ -261,12 +262,24 @@ def weight_of(model: nn.Module, layer: LayerSpec, weight: Tensor | None = None) 
         layer: Which one.
         weight: The stored parameter, where the model itself has none. One that is sharded by FSDP2 is gathered: all
             processes then have to ask for the same layer.
+
+    Raises:
+        ModelError: what is stored is no matrix of numbers, as in 8 or 4 bits.
     """
     if weight is None and layer.stored[1] is None:
         weight = stored_weight(model.get_submodule(layer.name))
     elif weight is None:
         weight = whole(model.get_parameter(layer.stored[0]).detach())
-    return _oriented(weight, layer).to(torch.float32)
+    found = _oriented(weight, layer)
+    if found.dtype not in _FLOATS or tuple(found.shape) != (layer.d_out, layer.d_in):
+        raise ModelError(
+            "a layer's weight cannot be decomposed as it is stored",
+            where=layer.name,
+            got=f"{found.dtype} {tuple(found.shape)}",
+            expected=f"a float matrix {(layer.d_out, layer.d_in)}",
+            fix="load the model unquantised for collecting and planning, or use a recipe with model.load_in_4bit",
+        )
+    return found.to(torch.float32)
 
 
 def _oriented(stored: Tensor, layer: LayerSpec) -> Tensor:

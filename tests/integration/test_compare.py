@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from corda import artifact, models
 from corda.cli.app import app
-from corda.comparing.cell import _fingerprint, recipe_inputs, result_path, run_cell
+from corda.comparing.cell import _fingerprint, finished, recipe_inputs, result_path, run_cell
 from corda.comparing.compare import compare, gathered
 from corda.comparing.fairness import check
 from corda.comparing.peft_made import build
@@ -262,3 +262,40 @@ def test_results_are_whole_or_absent(done):
     path = result_path(study, cells(study)[0])
     assert artifact.read_json(path)["status"] == "done"
     assert not list(path.parent.glob(".*json*"))
+
+
+def test_cells_of_a_named_device_are_found_again_whatever_auto_would_pick(done, monkeypatch):
+    study, _ = done
+    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: True)
+    assert models.pick_device("auto").type == "cuda"
+    on_cpu = study.model_copy(update={"devices": ["cpu"]})
+    assert all(finished(on_cpu, cell) is not None for cell in cells(study))
+
+
+def test_a_development_split_that_shares_records_with_any_seed_is_refused(tmp_path):
+    study = tiny(tmp_path, ["lora", "kpm"], seeds=[0])
+    base = {**study.base}
+    tasks = {**base["evaluation"]["tasks"]}
+    test, development = (key.partition("/")[0] for key in (study.learn, study.development))
+    file = tasks[test]["dataset"]["dataset"]
+    tasks[test] = {**tasks[test], "dataset": {"dataset": file, "part": [0, 2]}}
+    tasks[development] = {**tasks[development], "dataset": {"dataset": file, "max_records": 2}}
+    base["evaluation"] = {**base["evaluation"], "tasks": tasks}
+
+    def shares(seed):
+        try:
+            check(study.model_copy(update={"base": base, "seeds": [seed]}))
+        except RecipeError as error:
+            return "shares records with the test" in str(error)
+        return False
+
+    apart = next(seed for seed in range(20) if not shares(seed))
+    together = next(seed for seed in range(20) if shares(seed))
+    with pytest.raises(RecipeError, match=f"with seed {together}.*no max_records"):
+        check(study.model_copy(update={"base": base, "seeds": [apart, together]}))
+
+
+def test_pefts_corda_on_other_tokens_is_refused_in_a_grid_too(tmp_path):
+    methods = {"lora": {}, "peft_corda_kpm": {"grid": {"context.positions": ["all", "response"]}}}
+    with pytest.raises(RecipeError, match="other tokens"):
+        check(tiny(tmp_path, methods))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from corda import artifact, bases, checkpoints, journal, pipeline
-from corda.errors import ArtifactError, CheckError, DataError, PlanError, TargetError
+from corda.errors import ArtifactError, CheckError, DataError, PlanError, RecipeError, TargetError
 from corda.inputs import Inputs
 from corda.kinds import text
 from corda.reading import parse_recipe
@@ -323,3 +324,52 @@ def test_a_start_that_changes_the_model_is_refused(raw_recipe, monkeypatch):
     monkeypatch.setattr(bases.adapter, "attach", broken)
     with pytest.raises(CheckError, match="before training"):
         pipeline.run(parse_recipe(raw_recipe))
+
+
+@pytest.fixture
+def short_gpt(raw_recipe, tokenizer, tmp_path):
+    """A recipe for a GPT-2 that takes 64 tokens, fewer than some records have."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=48, n_layer=2, n_head=4, n_positions=64, pad_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    raw_recipe["model"]["model_name_or_path"] = str(tmp_path / "gpt")
+    lines = [{"question": f"Add {i} and {i}." + " Please." * (10 * (i % 2)), "answer": str(2 * i)} for i in range(20)]
+    write_jsonl(tmp_path / "data" / "learn.jsonl", lines)
+    raw_recipe["evaluation"]["tasks"] = {
+        "text": {"dataset": "text.jsonl", "measures": "keep", "metrics": ["perplexity"]},
+        "sums": {"dataset": "learn_test.jsonl", "measures": "learn"},
+    }
+    write_jsonl(tmp_path / "data" / "text.jsonl", [{"text": "A text that goes on and on. " * 8}])
+    return raw_recipe
+
+
+def test_a_model_with_learned_positions_is_given_no_more_than_it_takes(short_gpt):
+    results = pipeline.run(parse_recipe(short_gpt))
+    assert results["train"]["steps"] == 3
+    assert results["scores"]["after"]["text/perplexity"]["n"] >= 2  # in windows of 64, whatever the default is
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"), [(["answer_loss"], "got: [0-9]+ tokens"), (["exact_match"], "and 40 to generate")]
+)
+def test_evaluation_records_longer_than_the_model_takes_are_refused_first(short_gpt, tmp_path, metrics, message):
+    long = [{"question": "Add 1 and 1." + " Please." * 10, "answer": "2"}]
+    short = [{"question": "Add up 1 and 2, please.", "answer": "3"}]
+    write_jsonl(tmp_path / "data" / "learn_test.jsonl", long if metrics == ["answer_loss"] else short)
+    short_gpt["evaluation"]["tasks"]["sums"] |= {"metrics": metrics, "max_new_tokens": 40}
+    with pytest.raises(DataError, match=rf"(?i)longer than the model takes.*sums.*{message}.*at most 64"):
+        Inputs(parse_recipe(short_gpt)).check()
+
+
+def test_windows_longer_than_the_model_takes_are_refused(short_gpt):
+    short_gpt["context"]["pack_to"] = 65
+    with pytest.raises(RecipeError, match=r"context\.pack_to.*at most 64"):
+        Inputs(parse_recipe(short_gpt)).check()
+
+
+def test_an_adapter_names_the_revision_of_its_base(raw_recipe, monkeypatch):
+    with pipeline.opened(parse_recipe(raw_recipe)) as stages:
+        plan = stages.plan()
+        stages.inputs.__dict__["source"] = replace(stages.inputs.source, revision="abc")
+        assert stages.bases.attached(plan)[0].peft_config["default"].revision == "abc"

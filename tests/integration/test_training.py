@@ -11,7 +11,8 @@ from corda.data.batches import Encoded, encode, load_records
 from corda.errors import DataError, RecipeError
 from corda.forms import INITIAL
 from corda.plan.make import make_plan
-from corda.recipe import DataSource, TrainingOptions
+from corda.recipe import TrainingOptions
+from corda.tasks import DataSource
 from corda.training import train
 
 OPTIONS = {"max_steps": 4, "learning_rate": 0.01, "per_device_train_batch_size": 4, "warmup_steps": 0}

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from corda import lora_config
 from corda.adapter import attach, relative_difference
 from corda.context.collect import collect
-from corda.errors import AdapterError, PlanError, TargetError
+from corda.errors import AdapterError, ModelError, PlanError, TargetError
 from corda.exporting.export import export
 from corda.forms import INITIAL
 from corda.plan.make import make_plan
@@ -179,6 +180,24 @@ def test_save_pretrained_is_a_plain_lora_on_the_original_base(model, pico, conte
         "up_proj",
         "v_proj",
     ]
+
+
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_an_adapted_output_head_is_not_saved_beside_its_adapter(model, pico, tokenizer, texts, tmp_path, base):
+    """PEFT adds the weight of an adapted lm_head, which here is W - BA: the start would be subtracted twice."""
+    reference, context = logits(model), collect(model, tokenizer, texts, target_modules=["q_proj", "lm_head"])
+    wrapped = attach(model, make_plan(model, context, rank=4), base=base)
+    perturb(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    fresh = pristine(pico)
+    reloaded = PeftModel.from_pretrained(fresh, str(tmp_path / "a")).eval()
+    assert relative_difference(logits(reloaded), logits(wrapped.eval())) < 1e-5
+    with reloaded.disable_adapter():
+        assert torch.equal(logits(reloaded), reference)
+    assert all(".lora_" in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    again = attach(pristine(pico), make_plan(pristine(pico), context, rank=4), base=base)
+    again.load_adapter(str(tmp_path / "a"), "default", is_trainable=True)
+    assert relative_difference(logits(again.eval()), logits(wrapped)) < 1e-5
 
 
 def test_what_was_saved_loads_back_as_the_trained_factors(model, pico, context, tmp_path):
@@ -363,3 +382,25 @@ def test_a_tied_head_is_not_taken_out_of_the_embeddings(tokenizer, texts):
         attach(model, plan, base="residual")
     assert torch.equal(logits(model), before)
     assert torch.equal(logits(attach(model, plan)), before)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda W: (W * 10).to(torch.int8),  # codes of 8 bits, whose scales lie elsewhere
+        lambda W: torch.zeros((W.numel() + 1) // 2, 1, dtype=torch.uint8),  # packed codes of 4 bits
+    ],
+)
+def test_codes_of_a_quantised_layer_are_not_taken_for_its_weight(model, context, stored):
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.weight = torch.nn.Parameter(stored(layer.weight.detach()), requires_grad=False)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj.*float matrix.*load the model unquantised"):
+        make_plan(model, context, rank=4)
+
+
+def test_an_export_of_a_model_with_new_tokens_names_what_is_missing(model, context, tmp_path):
+    model.resize_token_embeddings(300)
+    wrapped = attach(model, make_plan(model, context, rank=4))
+    with pytest.raises(AdapterError, match=r"another vocabulary.*259 rows, 300 trained.*fresh_base"):
+        export(wrapped, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

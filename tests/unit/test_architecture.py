@@ -13,6 +13,7 @@ RANKS = [
     {"errors", "__init__"},
     {"disk"},
     {"ranks", "options"},
+    {"tasks"},
     {"recipe", "artifact", "metric", "progress", "metering", "distributed", "heap"},
     {"reading", "commenting", "advice"},
     {"krylov", "journal"},

@@ -71,7 +71,7 @@ def test_packing_keeps_records_apart(model, tokenizer, texts):
 
 def test_response_tokens_only(model, tokenizer, data):
     from corda.data.batches import load_records
-    from corda.recipe import DataSource
+    from corda.tasks import DataSource
 
     encoded = [encode(r, tokenizer) for r in load_records(DataSource(dataset="learn.jsonl"), data, 0)]
     layers = find_targets(model, ["down_proj"])

@@ -10,7 +10,7 @@ from corda.data.batches import calibration_rounds, encode, load_records
 from corda.data.formats import render, to_records
 from corda.data.sources import read_records
 from corda.errors import DataError
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 FORMS = {
     "qa": {"question": "Who?", "answer": ["Me", "I"]},
@@ -166,8 +166,8 @@ def test_keys_keep_what_arithmetic_needs(one, other, same):
     [
         ({"messages": [{"content": "Hi."}]}, r"no field 'role'"),
         (
-            {"messages": [{"role": "user", "content": "Hi."}, {"role": "tool", "content": None}]},
-            "content of tool is None",
+            {"messages": [{"role": "tool", "content": None}, {"role": "assistant", "content": "Hi."}]},
+            "what tool says is None",
         ),
         ({"conversations": [{"from": "tool", "value": "3"}]}, "a turn is from 'tool', expected one of human, gpt"),
         ({"question": "How many?", "answer": []}, "answer is an empty list"),
@@ -193,3 +193,27 @@ def test_numbers_are_taken_as_text():
     for empty in (True, float("nan")):  # the second is an empty cell of a table
         with pytest.raises(DataError, match=f"answer is {empty}"):
             to_records([{"question": "How many?", "answer": empty}])
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"instruction": "Say nothing.", "output": ""},
+        {"question": "Why?", "answer": None},
+        {"question": "Why?", "answer": {"text": [], "answer_start": []}},  # as in SQuAD 2
+        {"prompt": "Go on:", "completion": " "},
+        {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "Hi."}]},
+    ],
+)
+def test_records_without_an_answer_are_left_out_and_counted(empty, caplog):
+    name = next(n for n, form in FORMS.items() if set(empty) <= set(form))
+    records = to_records([FORMS[name], empty, FORMS[name]], where="train.jsonl")
+    assert len(records) == 2
+    assert "train.jsonl: 1 of 3 records have no answer and are left out; the first is record 2" in caplog.text
+
+
+def test_an_empty_system_turn_is_none():
+    turns = [("system", ""), ("user", "Hi."), ("assistant", "Yes.")]
+    (record,) = to_records([{"messages": [{"role": role, "content": said} for role, said in turns]}])
+    assert record.turns == (("user", "Hi."), ("assistant", "Yes."))

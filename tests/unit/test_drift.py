@@ -18,8 +18,9 @@ from corda.errors import RecipeError
 from corda.forms import INITIAL
 from corda.plan.make import make_plan
 from corda.reading import parse_recipe
-from corda.recipe import DataSource, TrainingOptions
+from corda.recipe import TrainingOptions
 from corda.targets import find_targets, weight_of
+from corda.tasks import DataSource
 from corda.training import train
 
 SUMS = [f"Add {i} and {3 * i + 2}: {i} + {3 * i + 2} = {4 * i + 2}." for i in range(30)]

@@ -16,7 +16,7 @@ from corda.evaluation.generation import exact_match, generate, judged, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
 from corda.evaluation.scores import change, mean, ratio
 from corda.reading import parse_recipe
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from corda.data.formats import render, to_records
 from corda.data.images import training_rows
 from corda.errors import DataError
 from corda.processing import framed_mark
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 from tests.conftest import byte_tokenizer, write_jsonl
 from tests.vlms import LAYOUTS, picture, records
 

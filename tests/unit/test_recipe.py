@@ -144,3 +144,30 @@ def test_settings_that_count_are_not_named(raw_recipe, change):
     for block, values in change.items():
         raw_recipe[block] |= values
     assert advice(parse_recipe(raw_recipe)) == []
+
+
+def test_a_tilde_is_the_home_folder(raw_recipe, pico, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(pico)
+    raw_recipe["output_dir"] = "~/run"
+    raw_recipe["data"]["data_dir"] = "~/data"
+    raw_recipe["model"]["model_name_or_path"] = "~/model"
+    raw_recipe["export"] = {"output": "~/adapter"}
+    recipe = parse_recipe(raw_recipe)
+    assert (recipe.output_dir, recipe.export_folder()) == (tmp_path / "run", tmp_path / "adapter")
+    assert Inputs(recipe).check()["layers"] == 14
+
+
+def test_text_that_is_searched_for_an_answer_is_not_cut_at_its_first_line(raw_recipe):
+    sums = raw_recipe["evaluation"]["tasks"]["sums"]
+    assert parse_recipe(raw_recipe).evaluation.tasks["sums"].stop == ["Question:"]
+    assert parse_recipe(raw_recipe).evaluation.tasks["things"].stop == ["\n"]
+    sums["stop"] = ["\n"]
+    assert parse_recipe(raw_recipe).evaluation.tasks["sums"].stop == ["\n"]  # as asked
+    (note,) = advice(parse_recipe(raw_recipe))
+    assert "sums.answer_after is never reached in an answer of several lines" in note
+
+
+def test_switches_that_are_off_need_no_validation_records(raw_recipe):
+    raw_recipe["training"] |= {"load_best_model_at_end": False, "eval_strategy": "no", "eval_steps": None}
+    assert parse_recipe(raw_recipe).data.validation is None

@@ -57,7 +57,8 @@ def finished(study: Study, cell: Cell) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     known = artifact.read_json(path)
-    return known if known.get("fingerprint") == _fingerprint(study, cell, recipe_inputs(study, cell)) else None
+    own = _fingerprint(study, cell, recipe_inputs(study, cell, study.devices[0]))
+    return known if known.get("fingerprint") == own else None
 
 
 def recipe_inputs(study: Study, cell: Cell, device: str = "auto") -> Inputs:
@@ -158,7 +159,7 @@ def _measured(stages: Stages, method: Method, study: Study) -> dict[str, Any]:
         "change": moved,
         "influence": {k: list(s.influence) for k, s in after.values.items()} if after else {},
         "influence_before": {k: list(s.influence) for k, s in before.values.items()},
-        "curve": {key: curve[key] for key in ("step", "loss", "learning_rate", "eval_step", "eval_loss")},
+        "curve": {key: curve.get(key, []) for key in ("step", "loss", "learning_rate", "eval_step", "eval_loss")},
         "timing": _costs(stages, "seconds") | {"train": curve["seconds"]},
         "memory": _costs(stages, "peak_bytes"),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from corda.comparing.methods import method
 from corda.comparing.study import Study, cells, recipe_of, shared_recipe
+from corda.data.batches import load_records
 from corda.data.sources import HELD_OUT_NAMES
 from corda.errors import RecipeError
 from corda.inputs import Inputs
@@ -49,15 +50,15 @@ def check(study: Study) -> dict[str, Any]:
             raise RecipeError(
                 "the reference is not among the methods", where="reference", got=wanted, fix="add it to methods"
             )
-    first = {cell.name: cell for cell in reversed(cells(study))}
-    recipes = {name: recipe_of(study, cell) for name, cell in first.items()}
-    shared = next(iter(recipes.values()))
+    first = {(cell.name, cell.variant): cell for cell in reversed(cells(study))}
+    recipes = [(cell.name, recipe_of(study, cell)) for cell in first.values()]
+    shared = recipes[0][1]
     refuse_tasks(study, shared)
     refuse_calibrated(study, shared)
     inputs = Inputs(shared)
-    refuse_overlapping_splits(study, inputs)
+    refuse_overlapping_splits(study, inputs, study.seeds)
     reference = expected_parameters(inputs, shared)
-    for name, recipe in recipes.items():
+    for name, recipe in recipes:
         chosen = method(study.methods[name].method)
         if chosen.peft.startswith("corda"):
             refuse_other_calibration(name, recipe)
@@ -188,25 +189,32 @@ def refuse_calibrated(study: Study, recipe: Recipe) -> None:
             )
 
 
-def refuse_overlapping_splits(study: Study, inputs: Inputs) -> None:
-    """Refuse a development split that shares records with the test.
+def refuse_overlapping_splits(study: Study, inputs: Inputs, seeds: Sequence[int] = ()) -> None:
+    """Refuse a development split that shares records with the test, with any seed where records are drawn by it.
 
     Args:
         study: Names the splits.
-        inputs: With their records.
+        inputs: Of the recipe that all share.
+        seeds: The study's.
 
     Raises:
         RecipeError: it does.
     """
-    records = {task.name: {record.key for record in task.records} for task in inputs.tasks}
-    test, development = (records[key.partition("/")[0]] for key in (study.learn, study.development))
-    if test & development:
-        raise RecipeError(
-            "the development split shares records with the test",
-            where="development",
-            got=f"{len(test & development)} of {len(development)} records",
-            fix="give disjoint records, e.g. another `part` of the file",
+    names = [key.partition("/")[0] for key in (study.learn, study.development)]
+    sources = [inputs.recipe.evaluation.tasks[name].dataset for name in names]
+    drawn = any(source.max_records is not None for source in sources)
+    for seed in dict.fromkeys(seeds) if drawn and seeds else [inputs.recipe.seed]:
+        data_dir, kind = inputs.recipe.data.data_dir, inputs.kind
+        test, development = (
+            {record.key for record in load_records(source, data_dir, seed, kind.formats)} for source in sources
         )
+        if test & development:
+            raise RecipeError(
+                "the development split shares records with the test",
+                where="development",
+                got=f"{len(test & development)} of {len(development)} records with seed {seed}",
+                fix="give disjoint records: another `part` of the file, and no max_records",
+            )
 
 
 def refuse_unequal(name: str, count: int, reference: int, tolerance: float) -> None:

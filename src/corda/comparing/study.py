@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from corda.comparing.methods import Method, method
 from corda.errors import RecipeError
-from corda.options import number
+from corda.options import Folder, number
 from corda.reading import apply_overrides, parse_recipe, read_mapping
 from corda.recipe import Recipe
 
@@ -48,7 +48,7 @@ class Step(_Strict):
 class Study(_Strict):
     """Everything that is decided before a comparison runs."""
 
-    output_dir: Path
+    output_dir: Folder
     base: dict[str, Any] = Field(description="the recipe that all cells share: a mapping, or the path of a file")
     overrides: dict[str, Any] = Field(default_factory=dict, description="merged into base")
     learn: str = Field(description="task/metric that says how well the task was learnt, on test data")

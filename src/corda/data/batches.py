@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from corda.data.formats import TEXTS, Record, Segment, Template, render, to_reco
 from corda.data.sources import local_file, read_records
 from corda.errors import DataError
 from corda.processing import takes_images, tokenizer_of
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
+_BLANK = "▁"  # how SentencePiece writes it
 IGNORED = -100  # the label that torch's and transformers' losses leave out
 
 
@@ -149,13 +151,42 @@ def encode_segments(
     response: list[bool] = []
     for index, segment in enumerate(segments):
         special = index == 0 and not segment.text.startswith(tokenizer.bos_token or "\0")
-        pieces = tokenizer(segment.text, add_special_tokens=False)["input_ids"]
+        pieces = _pieces(segment.text, tokenizer, behind=bool(ids))
         if special and _adds_bos(tokenizer):
             ids.append(int(tokenizer.bos_token_id))
             response.append(False)
         ids += pieces
         response += [segment.response] * len(pieces)
     return Encoded(tuple(ids[:max_length]), tuple(response[:max_length]))
+
+
+def _pieces(text: str, tokenizer: Any, *, behind: bool) -> list[int]:
+    """Token ids of a segment; behind another one without the blank that SentencePiece puts in front of any text."""
+    anchor = _anchor(tokenizer) if behind else None
+    if anchor is not None:
+        mark, known = anchor
+        whole = tokenizer(mark + text, add_special_tokens=False)["input_ids"]
+        if whole[: len(known)] == known:
+            return list(whole[len(known) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(tokenizer: Any) -> tuple[str, list[int]] | None:
+    """A text that can stand in front of any other with its ids, where the tokenizer puts a blank before a text."""
+
+    def tokens(text: str) -> tuple[list[int], list[str]]:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids, tokenizer.convert_ids_to_tokens(ids)
+
+    if not tokens("a")[1][:1] or not str(tokens("a")[1][0]).startswith(_BLANK):
+        return None
+    for mark in ("\n", ",", "."):
+        known, both = tokens(mark)[0], tokens(f"{mark}a")
+        apart = len(both[0]) > len(known) and both[0][: len(known)] == known
+        if tokenizer.unk_token_id not in known and apart and not str(both[1][len(known)]).startswith(_BLANK):
+            return mark, known
+    return None
 
 
 def calibration_rounds(

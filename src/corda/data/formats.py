@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("label",),  # beside one of the sets of fields in `labelled`
     "tagged": ("tokens",),  # beside one of the fields with tags
 }
+_ANSWERS = {"answer", "output", "completion"}
+_LOG = logging.getLogger(__name__)
 _ALSO = {"classification": ("text",), "tagged": ("ner_tags",)}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 # Words; an operator with a number or a single letter behind it; the point inside a number.
@@ -113,9 +116,10 @@ def to_records(
         raise DataError("there are no records", where=where, expected="at least one")
     if format == "auto":
         format = _detect(mapped[0], columns, where, known)
-    records = []
+    records: list[Record] = []
+    unanswered: list[tuple[int, str]] = []
     for number, record in enumerate(mapped, start=1):
-        missing = [name for name in _FIELDS[format] if record.get(name) is None]
+        missing = [n for n in _FIELDS[format] if record.get(n) is None and not (n in _ANSWERS and n in record)]
         if missing:
             wanted = f"format {format}: {', '.join(missing)}"
             raise _no_format(raw[number - 1], f"{where}, record {number}", wanted, known)
@@ -123,6 +127,8 @@ def to_records(
             one, images = _CONVERTERS[format](record), pictures.given(record, folder)
             changed = pictures.placed(one.prompt, one.response, one.turns, one.is_text, images) if images else {}
             records.append(replace(one, **changed))
+        except _NoAnswerError as error:
+            unanswered.append((number, str(error)))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise DataError(
                 f"a record does not fit the format {format}",
@@ -130,7 +136,29 @@ def to_records(
                 got=f"no field {error}" if isinstance(error, KeyError) else str(error),
                 fix="correct the record or leave it out; `format:` beside `dataset:` names another format",
             ) from None
+    if unanswered:
+        _without(unanswered, len(mapped), where)
     return records
+
+
+def _without(unanswered: Sequence[tuple[int, str]], total: int, where: str) -> None:
+    """Say that records without an answer are left out; refuse where no others are left."""
+    first, problem = unanswered[0]
+    if len(unanswered) == total:
+        raise DataError(
+            "no record has an answer",
+            where=f"{where}, record {first}",
+            got=problem,
+            fix="check that the right column is mapped",
+        )
+    _LOG.warning(
+        "%s: %s of %s records have no answer and are left out; the first is record %s: %s",
+        where,
+        f"{len(unanswered):,}",
+        f"{total:,}",
+        first,
+        problem,
+    )
 
 
 def render(
@@ -238,6 +266,16 @@ def _no_format(record: Mapping[str, Any], where: str, wanted: str, known: Sequen
     )
 
 
+class _NoAnswerError(ValueError):
+    """A record that asks and has no answer, as some have in many data sets."""
+
+
+def _answer(value: Any, name: str) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _NoAnswerError(f"{name} is {value!r}")
+    return _text(value, name)
+
+
 def _text(value: Any, name: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
@@ -250,10 +288,10 @@ def _qa(record: Mapping[str, Any]) -> Record:
     question = _text(record["question"], "question").strip()
     given = record["answer"]
     if isinstance(given, Mapping):  # SQuAD and TriviaQA: {"text": [...]} or {"value": ..., "aliases": [...]}
-        given = given.get("text") or [given["value"], *given.get("aliases", [])]
-    answers = tuple(_text(a, "answer").strip() for a in (given if isinstance(given, list | tuple) else [given]))
+        given = given["text"] if "text" in given else [given["value"], *given.get("aliases", [])]
+    answers = tuple(_answer(a, "answer").strip() for a in (given if isinstance(given, list | tuple) else [given]))
     if not answers:
-        raise ValueError("answer is an empty list, expected one answer at least")
+        raise _NoAnswerError("answer is an empty list")
     turns = (("user", question), ("assistant", answers[0]))
     return Record(f"Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
 
@@ -261,7 +299,7 @@ def _qa(record: Mapping[str, Any]) -> Record:
 def _alpaca(record: Mapping[str, Any]) -> Record:
     instruction = _text(record["instruction"], "instruction").strip()
     given = str(record.get("input") or "").strip()
-    output = _text(record["output"], "output").strip()
+    output = _answer(record["output"], "output").strip()
     prompt = f"{_ALPACA}### Instruction:\n{instruction}\n\n"
     prompt += f"### Input:\n{given}\n\n### Response:" if given else "### Response:"
     user = f"{instruction}\n\n{given}" if given else instruction
@@ -272,29 +310,32 @@ def _prompt_completion(record: Mapping[str, Any]) -> Record:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list):
         return _messages({"messages": [*prompt, *completion]})
-    prompt, completion = _text(prompt, "prompt"), _text(completion, "completion")
+    prompt, completion = _text(prompt, "prompt"), _answer(completion, "completion")
     turns = (("user", prompt.strip()), ("assistant", completion.strip()))
     return Record(prompt, completion, turns, (completion.strip(),))
 
 
 def _messages(record: Mapping[str, Any]) -> Record:
-    turns = [(_text(m["role"], "role"), m["content"]) for m in record["messages"]]
-    return _conversation(tuple((role, _text(pictures.flat(said), f"content of {role}")) for role, said in turns))
+    turns = [(_text(m["role"], "role"), pictures.flat(m["content"])) for m in record["messages"]]
+    return _conversation([(role, said) for role, said in turns if said or role != "system"])
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Record:
     foreign = [m["from"] for m in record["conversations"] if m["from"] not in _ROLES]
     if foreign:
         raise ValueError(f"a turn is from {foreign[0]!r}, expected one of {', '.join(_ROLES)}")
-    turns = tuple((_ROLES[m["from"]], _text(m["value"], "value")) for m in record["conversations"])
-    return _conversation(turns)
+    turns = [(_ROLES[m["from"]], m["value"]) for m in record["conversations"]]
+    return _conversation([(role, said) for role, said in turns if said or role != "system"])
 
 
-def _conversation(turns: tuple[tuple[str, str], ...]) -> Record:
-    while turns and turns[-1][0] != "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise ValueError("the conversation has no assistant turn")
+def _conversation(given: Sequence[tuple[str, Any]]) -> Record:
+    while given and given[-1][0] != "assistant":
+        given = given[:-1]
+    if not given:
+        raise _NoAnswerError("the conversation has no assistant turn")
+    *earlier, (last, said) = given
+    turns = tuple((role, _text(text, f"what {role} says")) for role, text in earlier)
+    turns = (*turns, (last, _answer(said, f"what {last} says")))
     prompt = "\n".join(content for _, content in turns[:-1])
     return Record(prompt, turns[-1][1], turns, (turns[-1][1].strip(),), always_chat=True)
 

@@ -10,7 +10,7 @@ from typing import Any
 from corda import artifact
 from corda.data import pictures
 from corda.errors import DataError
-from corda.recipe import DataSource
+from corda.tasks import DataSource
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "heldout", "eval")  # what files of held-out records are called
 _FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from corda.architectures import learned_positions
 from corda.data.batches import encode, load_records, pad_id
-from corda.data.formats import Record
+from corda.data.formats import Record, Template
 from corda.errors import DataError, RecipeError
 from corda.evaluation.execution import pass_at_1
-from corda.evaluation.generation import exact_match
+from corda.evaluation.generation import exact_match, prompt
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity
 from corda.evaluation.scores import Score
 from corda.progress import Progress, silent
-from corda.recipe import DataSource, EvaluationTask, Recipe
+from corda.recipe import Recipe
+from corda.tasks import DataSource, EvaluationTask
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,36 @@ def refuse_overlap(tasks: Sequence[Task], used: Mapping[str, Sequence[Record]]) 
         refuse_shared(f"evaluation.tasks.{task.name}", task.records, {**used, "its own shots": task.shots})
 
 
+def refuse_longer(task: Task, tokenizer: Any, template: Template, positions: int) -> None:
+    """Refuse records that are longer than a model takes; of running text windows are cut.
+
+    Args:
+        task: With its records and shots.
+        tokenizer: The model's.
+        template: How records become text.
+        positions: Tokens that the model takes.
+
+    Raises:
+        DataError: names the task, the longest record's tokens and what the model takes.
+    """
+    generated = {"exact_match", "pass_at_1"} & set(task.options.metrics)
+    more = task.options.max_new_tokens if generated else 0
+    longest = 0
+    for record in task.records:
+        if generated:
+            longest = max(longest, len(prompt(record, tokenizer, template, task.shots)))
+        elif not record.is_text:
+            longest = max(longest, len(encode(record, tokenizer, template=template, shots=task.shots)))
+    if longest + more > positions:
+        raise DataError(
+            "evaluation records are longer than the model takes",
+            where=f"evaluation.tasks.{task.name}",
+            got=f"{longest} tokens" + (f" and {more} to generate" if more else ""),
+            expected=f"at most {positions}",
+            fix="leave longer records out, or lower shots or max_new_tokens",
+        )
+
+
 def refuse_shared(where: str, held: Sequence[Record], used: Mapping[str, Sequence[Record]]) -> None:
     """Refuse records that are to be held out and are not.
 
@@ -181,6 +213,7 @@ def evaluate(
     shown: dict[str, list[dict[str, Any]]] = {}
     options, template = recipe.evaluation, recipe.data.template
     pad, size = pad_id(tokenizer), options.batch_size
+    window = min(options.window, learned_positions(model) or options.window)
     for task in tasks:
         for metric in task.options.metrics:
             key = f"{task.name}/{metric}"
@@ -190,7 +223,7 @@ def evaluate(
                 ]
                 values[key] = answer_loss(model, encoded, pad, size, progress)
             elif metric == "perplexity":
-                values[key] = perplexity(model, tokenizer, task.records, pad, size, options.window, progress)
+                values[key] = perplexity(model, tokenizer, task.records, pad, size, window, progress)
             elif metric == "accuracy":
                 values[key] = choice_accuracy(
                     model, tokenizer, task.records, pad, size, task.options.choice_prompt, progress

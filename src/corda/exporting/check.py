@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from corda import architectures
 from corda.adapter import relative_difference
-from corda.errors import CheckError, ModelError
+from corda.errors import AdapterError, CheckError, ModelError
 from corda.exporting.update import Factors
 from corda.models import keep_exact
 from corda.sharding import device_of
@@ -51,6 +51,29 @@ def spread_probe(model: nn.Module) -> dict[str, Tensor]:
     probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return probe | {"decoder_input_ids": ids.flip(1)} if two else probe
+
+
+def same_vocabulary(base: PreTrainedModel, load: Callable[[], PreTrainedModel]) -> Callable[[], PreTrainedModel]:
+    """`load`, which refuses a base that has other rows in its embedding than the trained one.
+
+    Args:
+        base: What was trained on.
+        load: Loads the original base once more.
+    """
+
+    def loaded() -> PreTrainedModel:
+        fresh = load()
+        rows = [one.weight.shape[0] for m in (base, fresh) if (one := m.get_input_embeddings()) is not None]
+        if len(set(rows)) > 1:
+            raise AdapterError(
+                "the original base has another vocabulary than the model that was trained",
+                where="token embeddings",
+                got=f"{rows[1]:,} rows, {rows[0]:,} trained",
+                fix="save the resized model before training and load that one, or give export it as `fresh_base`",
+            )
+        return fresh
+
+    return loaded
 
 
 def allowed(base: PreTrainedModel, names: Iterable[str], probe: Mapping[str, Tensor]) -> float:

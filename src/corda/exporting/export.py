@@ -16,7 +16,7 @@ from corda.architectures import classes_of, task_of_model
 from corda.errors import AdapterError, ArtifactError
 from corda.exporting import four_bit, hub
 from corda.exporting.card import CardFacts, hub_card, license_of
-from corda.exporting.check import again, spread_probe
+from corda.exporting.check import again, same_vocabulary, spread_probe
 from corda.exporting.forms import BESIDE, FORMS, Exported, Work
 from corda.exporting.update import Compression, has_4bit_base, is_requantised, read_update, refuse_rank
 from corda.metric import full_precision
@@ -66,12 +66,13 @@ def export(
         raise AdapterError("give export options or settings by name, not both", got=", ".join(settings))
     options = options or parse_export(settings)
     base, training = model.get_base_model(), model.training
+    as_it_is = options.format == "lora" and not is_requantised(model)
     model.eval()
     try:
         work = Work(
             read_update(model),
             model,
-            fresh_base or again(base, as_it_is=options.format == "lora" and not is_requantised(model)),
+            same_vocabulary(base, fresh_base or again(base, as_it_is=as_it_is)),
             probe or spread_probe(base),
             records,
             tokenizer,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from corda import models
-from corda.architectures import has_head
+from corda.architectures import has_head, learned_positions
 from corda.data import labelled
 from corda.data.batches import Encoded, pad_id, padded
 from corda.data.formats import TEXTS, Record
@@ -238,12 +238,8 @@ class Classes(Kind):
     @cached_property
     def _positions(self) -> int | None:
         """The longest text in tokens that the model takes; None where nothing limits it."""
-        places = [
-            module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-            for name, module in models.skeleton(self.source, super().model).named_modules()
-            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-        ]
-        return min([*places, int(self.tokenizer.model_max_length)])
+        learned = learned_positions(models.skeleton(self.source, super().model))
+        return min(x for x in (learned, int(self.tokenizer.model_max_length)) if x is not None)
 
 
 def _classified(record: Record) -> bool:

@@ -20,7 +20,8 @@ from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores, Task, load_tasks
 from corda.options import ModelOptions, ModelTask
 from corda.progress import Progress, silent
-from corda.recipe import DataSource, Recipe
+from corda.recipe import Recipe
+from corda.tasks import DataSource
 
 
 class Kind(ABC):

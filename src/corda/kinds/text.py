@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from corda import models, training
+from corda.architectures import learned_positions
 from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded
 from corda.data.formats import TEXTS, Record, render
 from corda.errors import RecipeError
-from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate
+from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate, refuse_longer
 from corda.kinds.kind import Kind
 from corda.processing import takes_images
 from corda.progress import Progress, silent
@@ -35,8 +37,13 @@ class Text(Kind):
             limit: At most so many tokens, and at most data.max_length.
         """
         data = self.recipe.data
-        longest = data.max_length if limit is None else min(data.max_length, limit)
+        longest = min(x for x in (data.max_length, limit, self.positions) if x is not None)
         return encode(record, self.tokenizer, template=data.template, max_length=longest)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """The longest sequence in tokens that the model takes; None where nothing limits it."""
+        return learned_positions(models.skeleton(self.source, self.model))
 
     def forward(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """(B, L) ids and what belongs to them; records without images are cut to the length of the shortest."""
@@ -90,6 +97,13 @@ class Text(Kind):
             CordaError: a record that cannot be rendered, or an option that the trainer or images do not allow.
         """
         r = self.recipe
+        if r.context.pack_to is not None and self.positions is not None and r.context.pack_to > self.positions:
+            raise RecipeError(
+                "windows are longer than the model takes",
+                where="context.pack_to",
+                got=r.context.pack_to,
+                expected=f"at most {self.positions}",
+            )
         training.trainer_arguments(
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
         )
@@ -103,9 +117,11 @@ class Text(Kind):
         """Refuse metrics that do not fit a task's records.
 
         Raises:
-            DataError: names metric and task.
+            DataError: names metric and task; or a record is longer than the model takes.
         """
         check_metrics(task)
+        if self.positions is not None:
+            refuse_longer(task, self.tokenizer, self.recipe.data.template, self.positions)
 
     def evaluate(self, model: nn.Module, tasks: Sequence[Task], progress: Progress = silent) -> Scores:
         """Measure tasks on a model in eval mode.
