@@ -28,8 +28,10 @@ _LONGEST = 1024  # tokens that a draft goes up to by itself
 _COMFORTABLE = 8  # calibration tokens per input of the widest layer, see docs/footguns.md
 _SHORT_ANSWER = 16  # tokens, up to which an answer can be compared word by word
 _BILLION = 10**9
-# Small and large models: an adapter that starts in the weights' directions, and one that starts at zero.
-_RATES = {True: (2e-4, 2e-5), False: (1e-3, 3e-4)}
+_MANY = 200  # optimiser steps, below which a decay of that product would take away a tenth of B and more at each
+# Small and large models: an adapter that starts in the weights' directions, one of them with the papers' balance, and
+# one that starts at zero.
+_RATES = {"start": (2e-4, 2e-5), "sigma": (1e-4, 2e-5), "zero": (1e-3, 3e-4)}
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,16 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
     accumulate = max(1, total // rows)
     steps = math.ceil(data["learn"]["records"] / (rows * accumulate))
     notes["training.num_train_epochs"] = f"one is {steps:,} optimiser steps of {rows * accumulate} records"
-    started = recipe.adapter.has_start
-    rate = _RATES[started][large]
-    why = "CorDA learns faster than LoRA at the same rate" if started else "what starts at zero takes a higher rate"
-    notes["training.learning_rate"] = f"a start, to be tried up and down; {why}"
+    adapter: dict[str, Any] = {"mode": recipe.adapter.mode, "rank": rank}
+    kind = "zero" if not recipe.adapter.has_start else "start"
+    why = {"start": "CorDA learns faster than LoRA at the same rate", "zero": "what starts at zero takes a higher rate"}
+    if recipe.adapter.mode == "kpm" and "balance" not in recipe.adapter.model_fields_set:
+        adapter["balance"] = "sigma"
+        notes["adapter.balance"] = "with it and its lower rate KPM kept more than with equal norms, see docs/log.md"
+    if "sigma" in {adapter.get("balance"), recipe.adapter.balance} and kind == "start":
+        kind, why["sigma"] = "sigma", "the papers' balance breaks models at rates that LoRA takes"
+    rate = _RATES[kind][large]
+    notes["training.learning_rate"] = f"a start, to be tried up and down; {why[kind]}"
     notes["training.save_steps"] = "an interrupted training continues from there"
     training: dict[str, Any] = {
         "learning_rate": rate,
@@ -235,6 +243,13 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
         "gradient_accumulation_steps": accumulate,
         "save_steps": max(10, steps // 10),
     }
+    if recipe.adapter.mode == "contrast":
+        training["weight_decay"] = 0.0
+        notes["training.weight_decay"] = (
+            "of B alone: where forgetting matters try more, up to a product with learning rate and steps of 4 to 12"
+        )
+        if steps >= _MANY:
+            notes["training.weight_decay"] += f", {4 / (rate * steps):.2g} to {12 / (rate * steps):.2g} here"
     if large:
         training["gradient_checkpointing"] = True
     model: dict[str, Any] = {"model_name_or_path": recipe.model.model_name_or_path}
@@ -247,7 +262,7 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
         "model": model,
         "data": {"learn": None, "keep": None, "template": facts["template"], "max_length": max_length},
         "context": {"samples": samples},
-        "adapter": {"mode": recipe.adapter.mode, "rank": rank},
+        "adapter": adapter,
         "training": training,
     }
     if recipe.data.keep is None:

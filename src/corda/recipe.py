@@ -36,8 +36,8 @@ class DataOptions(Strict):
     max_length: PositiveInt = Field(
         1024, description="tokens per record, or what the model takes; more are cut at the end"
     )
-    learn: DataSource | None = Field(None, description="the task to learn: trained on, and the context in ipm")
-    keep: DataSource | None = Field(None, description="the knowledge to keep: the context in kpm")
+    learn: DataSource | None = Field(None, description="the task to learn: trained on; context of ipm, contrast, dual")
+    keep: DataSource | None = Field(None, description="the knowledge to keep: context of kpm, contrast, dual")
     validation: DataSource | None = Field(None, description="held-out records of the task: their loss during training")
 
 
@@ -205,7 +205,11 @@ class TrainingOptions(BaseModel):
     gradient_accumulation_steps: PositiveInt = 1
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = Field(0.03, ge=0, description="steps, or below 1 a share of all steps")
-    weight_decay: float = Field(0.0, ge=0, description="pulls BA to 0, away from the start: see docs/footguns.md")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="pulls BA to 0: back to the base in contrast and lora, away from the start in kpm, ipm, dual",
+    )
     decay_to_init: float = Field(0.0, ge=0, description="decoupled decay towards the initial factors instead of to 0")
     max_grad_norm: float = 1.0
     bf16: bool | None = Field(None, description="mixed precision; default: on a GPU that has it, never on a CPU")

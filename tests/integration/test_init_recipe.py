@@ -107,3 +107,34 @@ def test_held_out_files_are_found_by_name(tmp_path, train, test):
     assert held_out(train, tmp_path) == test
     assert held_out(str(tmp_path / train), None) == os.fspath(tmp_path / test)
     assert held_out("some/hub-id", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "balance", "rate"),
+    [
+        ("kpm", [], "sigma", 1e-4),
+        ("kpm", ["--set", "adapter.balance=equal"], "equal", 2e-4),
+        ("ipm", [], "equal", 2e-4),
+        ("ipm", ["--set", "adapter.balance=sigma"], "sigma", 1e-4),
+    ],
+)
+def test_the_rate_goes_with_the_balance(corda, pico, data, tmp_path, mode, given, balance, rate):
+    target = tmp_path / "r.yaml"
+    files = ("--learn", data / "learn.jsonl", "--keep", data / "keep.jsonl")
+    assert corda("init-recipe", pico, *files, "--mode", mode, "-o", target, *given)[0] == 0
+    recipe = load_recipe(target)
+    assert (recipe.adapter.balance, recipe.training.learning_rate) == (balance, pytest.approx(rate))
+
+
+@pytest.mark.parametrize(("records", "said"), [(30, None), (8000, "of 4 to 12, 8 to 24 here")])
+def test_a_draft_of_contrast_says_what_decay_would_be(corda, pico, data, tmp_path, records, said):
+    learn = write_jsonl(
+        tmp_path / "more.jsonl", [{"question": f"Add {i} and 1.", "answer": f"{i + 1}"} for i in range(records)]
+    )
+    files = ("--learn", learn, "--keep", data / "keep.jsonl", "--mode", "contrast")
+    target = tmp_path / "r.yaml"
+    assert corda("init-recipe", pico, *files, "-o", target)[0] == 0
+    text = re.sub(r"\n\s*#  +", " ", target.read_text())
+    assert load_recipe(target).training.weight_decay == 0
+    assert "where forgetting matters try more" in text
+    assert (said in text) if said else "of 4 to 12)" in text  # in 500 steps of 16 records

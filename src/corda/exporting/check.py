@@ -59,6 +59,9 @@ def same_vocabulary(base: PreTrainedModel, load: Callable[[], PreTrainedModel]) 
     Args:
         base: What was trained on.
         load: Loads the original base once more.
+
+    Raises:
+        AdapterError: it has, when it is loaded.
     """
 
     def loaded() -> PreTrainedModel:
