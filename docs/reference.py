@@ -1,4 +1,4 @@
-"""The site's pages recipe.md and command-line.md, from the recipe's types and the command line: an mkdocs hook."""
+"""The site's pages recipe.md, study.md and command-line.md, from the types and the command line: an mkdocs hook."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from corda.cli import app
+from corda.comparing.study import Entry, Step, Study
 from corda.recipe import Recipe
 from corda.tasks import DataSource, EvaluationTask
 
@@ -31,6 +32,11 @@ output_dir: runs/first
 model: {model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
 data: {learn: learn.jsonl, keep: keep.jsonl}
 ```
+"""
+STUDY = """# Study
+
+Every key of a study for `corda compare`, from the types in `corda.comparing.study`. [Comparing methods](comparing.md)
+says what it is for and has one to begin with; any key can be set on the command line by `--set key=value`.
 """
 VERBS = """# Command line
 
@@ -58,6 +64,14 @@ def recipe_page() -> str:
         if name == "evaluation":
             text = f"{inspect.getdoc(EvaluationTask)} Below `evaluation.tasks`, under a name of your choice.\n"
             parts += ["### A task\n", text, table(EvaluationTask)]
+    return "\n".join(parts)
+
+
+def study_page() -> str:
+    """The reference of all keys of a study."""
+    parts = [STUDY, table(Study)]
+    for title, block in (("A method", Entry), ("A line of `priority`", Step)):
+        parts += [f"## {title}\n", f"{inspect.getdoc(block)}\n", table(block)]
     return "\n".join(parts)
 
 
@@ -101,6 +115,7 @@ def kind(hint: Any) -> str:
         return f"mapping to {kind(inner[1])}"
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", Path: "path"}
     names |= {DataSource: "[data set](#a-data-set)", EvaluationTask: "[task](#a-task)"}
+    names |= {Entry: "[method](#a-method)", Step: "[line](#a-line-of-priority)", Any: "anything"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
@@ -146,7 +161,7 @@ def escape(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "\\n")
 
 
-PAGES = {"recipe.md": recipe_page, "command-line.md": command_page}
+PAGES = {"recipe.md": recipe_page, "study.md": study_page, "command-line.md": command_page}
 
 
 def on_config(config: Any) -> Any:

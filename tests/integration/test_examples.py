@@ -19,6 +19,17 @@ def test_kpm_in_python(pico, tmp_path, capsys):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "adapter"))
 
 
+def test_trl_in_python(pico, tmp_path, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "trl_in_python.py"))
+    example["main"](str(pico), str(tmp_path / "adapter"), rank=4, steps=3)
+    said = capsys.readouterr().out
+    before, after = map(float, re.search(r"eval_task_loss: (\S+) before, (\S+) after", said).groups())
+    assert after < before
+    assert "eval_knowledge_loss" in said
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), str(tmp_path / "adapter"))
+    assert loaded.peft_config["default"].r == 4
+
+
 def test_examples_are_short():
     for path in (ROOT / "examples").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60

@@ -48,7 +48,7 @@ class Step(_Strict):
 class Study(_Strict):
     """Everything that is decided before a comparison runs."""
 
-    output_dir: Folder
+    output_dir: Folder = Field(description="folder of the study: cells, comparison.json and the page")
     base: dict[str, Any] = Field(description="the recipe that all cells share: a mapping, or the path of a file")
     overrides: dict[str, Any] = Field(default_factory=dict, description="merged into base")
     learn: str = Field(description="task/metric that says how well the task was learnt, on test data")
