@@ -19,11 +19,20 @@ def keep(comparison: Path, name: str, note: str | None = None) -> None:
     artifact.write_json(RESULTS / f"{name}.json", head | found | {"runs": runs})
 
 
+_KEPT = ("step", "loss", "eval_step", "eval_loss")
+
+
+def _five_digits(losses: list[float | None]) -> list[float | None]:
+    return [None if loss is None else float(f"{loss:.5g}") for loss in losses]
+
+
 def _short(run: dict[str, Any]) -> dict[str, Any]:
     short = {key: value for key, value in run.items() if key != "provenance"}
     if "curve" in short:
-        losses = [None if loss is None else float(f"{loss:.5g}") for loss in short["curve"]["loss"]]
-        short["curve"] = {"step": short["curve"]["step"], "loss": losses}
+        curve = {key: short["curve"][key] for key in _KEPT if short["curve"].get(key)}
+        short["curve"] = {
+            key: values if key.endswith("step") else _five_digits(values) for key, values in curve.items()
+        }
     return short
 
 

@@ -1,7 +1,8 @@
 """A study's table in Markdown out of its result file: python benchmarks/study_table.py NAME [--against METHOD].
 
 A row per method: seeds, the rate that the development split chose (* : at the end of what was run), task loss there,
-and for every retained set the rise of its loss over that of the reference at equal task loss, with 95 % limits.
+and for every retained set the rise of its loss over that of the reference at equal task loss, with 95 % limits and in
+square brackets how many seeds both have fronts that overlap with.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def cell(found: Mapping[str, Any] | None, *, itself: bool) -> str:
     low, high = found.get("ratio_low"), found.get("ratio_high")
     text = show(found["ratio"])
     known = low is not None and high is not None and high - low <= TOO_WIDE
-    return f"{text} ({show(low)} to {show(high)})" if known else text
+    return f"{text} ({show(low)} to {show(high)}) [{found['seeds']}]" if known else f"{text} [{found['seeds']}]"
 
 
 def table(result: Mapping[str, Any], against: str | None = None) -> str:

@@ -158,7 +158,7 @@ def verbs(path: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 def escape(text: str) -> str:
     """For a cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "\\n")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("{", "&#123;").replace("\n", "\\n")
 
 
 PAGES = {"recipe.md": recipe_page, "study.md": study_page, "command-line.md": command_page}
