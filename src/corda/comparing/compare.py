@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import connection
 from typing import Any
 
 from corda import artifact
@@ -139,7 +142,7 @@ def _side_by_side(
     free, waiting = list(study.devices), iter(todo)
     running: dict[Future[dict[str, Any]], tuple[Cell, str]] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(free), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(free), mp_context=context, initializer=end_with_parent) as pool:
         while True:
             while free and in_time() and (cell := next(waiting, None)) is not None:
                 device = free.pop()
@@ -152,6 +155,18 @@ def _side_by_side(
                 cell, device = running.pop(future)
                 free.append(device)
                 yield cell, future.result()
+
+
+def end_with_parent() -> None:
+    """Make this process end when the one that started it is killed; it would wait for work for ever, model and all."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _in_process(study: Study, cell: Cell, device: str, reference: int) -> dict[str, Any]:
