@@ -83,7 +83,7 @@ def table(block: type[BaseModel], *, only_values: bool = False) -> str:
         if only_values and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
         default = "required" if field.is_required() else shown(field)
-        rows.append(f"| `{name}` | {kind(hints[name])} | {default} | {escape(field.description or '')} |")
+        rows.append(f"| `{name}` | {kind(hints[name])} | {default} | {prose(field.description or '')} |")
     return "\n".join(rows) + "\n"
 
 
@@ -158,7 +158,12 @@ def verbs(path: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 def escape(text: str) -> str:
     """For a cell of a table."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("{", "&#123;").replace("\n", "\\n")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "\\n")
+
+
+def prose(text: str) -> str:
+    """The same outside of code, where a last part in braces would be taken for attributes of the cell."""
+    return escape(text).replace("{", "&#123;")
 
 
 PAGES = {"recipe.md": recipe_page, "study.md": study_page, "command-line.md": command_page}

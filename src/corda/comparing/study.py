@@ -60,8 +60,8 @@ class Study(_Strict):
     also_against: list[str] = Field(
         default_factory=list, description="further methods that forgetting at equal task loss is compared with"
     )
-    learning_rates: list[Rate] = Field(min_length=2)
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    learning_rates: list[Rate] = Field(min_length=2, description="every method's grid, unless it has its own")
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of data order, calibration and random starts")
     minutes: float | None = Field(None, gt=0, description="no cell is begun later than this; default: no limit")
     priority: list[Step] = Field(default_factory=list, description="which cells come first; the others follow")
     extensions: int = Field(2, ge=0, description="rates added where a method's best one is at the end of its grid")
