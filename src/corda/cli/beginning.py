@@ -25,7 +25,7 @@ def init_recipe(
     learn_test: Annotated[str | None, typer.Option(help="Held-out records of the task", metavar="FILE")] = None,
     keep_test: Annotated[str | None, typer.Option(help="Held-out records to keep", metavar="FILE")] = None,
     mode: Annotated[
-        str | None, typer.Option(help="One of adapter.mode; default: contrast, or ipm without --keep")
+        str | None, typer.Option(help="kpm, ipm, contrast, dual or lora; default: contrast, or ipm without --keep")
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
