@@ -24,7 +24,7 @@ from corda import artifact, linalg, models
 from corda.context import collect, store
 from corda.context.store import Context
 from corda.data.batches import Encoded, encode, encode_segments, load_records, pack, pad_id
-from corda.data.formats import Segment
+from corda.data.rendering import Segment
 from corda.evaluation.likelihood import answer_loss
 from corda.evaluation.scores import Score, change
 from corda.metric import Metric, damping

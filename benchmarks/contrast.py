@@ -27,7 +27,7 @@ from corda.adapter import attach
 from corda.context.collect import collect_encoded
 from corda.context.store import HELD_OUT, Context, load, save
 from corda.data.batches import Encoded, drawing_order, encode, encode_segments, load_records, pad_id
-from corda.data.formats import Segment
+from corda.data.rendering import Segment
 from corda.drift import DriftMeter, Yardstick, yardstick
 from corda.evaluation.likelihood import token_losses
 from corda.evaluation.scores import Score, change, ratio

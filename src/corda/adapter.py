@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corda import parameters
-from corda.architectures import heads
+from corda.architectures import embeddings_of, heads
 from corda.distributed import world
 from corda.errors import AdapterError, TargetError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference, refuse_adapted
@@ -52,10 +53,12 @@ class _ExactSaving:
         if state is not None:  # the model is sharded over processes, all of which have come here
             kwargs |= {"state_dict": state, "is_main_process": world().first}
         names = selected_adapters or [name for name in model.peft_config if name not in _FROZEN]
-        kwargs.setdefault("save_embedding_layers", False)  # "auto" would add lm_head's W where it is adapted
+        if _adapts_embeddings(model):  # PEFT would save their W, which is W - BA here, and put it over the base's
+            kwargs["save_embedding_layers"] = False
         above.save_pretrained(str(save_directory), selected_adapters=names, **kwargs)
         if TRAINED in names and INITIAL in model.peft_config and kwargs.get("is_main_process", True):
-            config, state = plain_lora(model, kwargs.get("state_dict"))
+            embeddings = kwargs.get("save_embedding_layers", "auto")
+            config, state = plain_lora(model, kwargs.get("state_dict"), embeddings)
             save_file(state, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(save_directory))
 
@@ -250,20 +253,21 @@ def _correction_config(model: nn.Module, config: LoraConfig, plan: Plan) -> Lora
 
 
 def plain_lora(
-    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel, state_dict: Mapping[str, Tensor] | None = None, embeddings: bool | str = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The adapter as a plain LoRA of rank 2r on the original base: [A; A0], [B, -B0].
 
     Args:
         model: From `attach`, in a mode with a start.
         state_dict: Gathered weights, for a sharded model.
+        embeddings: Whether those of tokens go with it; PEFT's "auto": where the vocabulary was resized.
 
     Returns:
         Its configuration, and parameter name -> A (2r, d_in) or B (d_out, 2r).
     """
     now, start = (
-        get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
-        for name in (TRAINED, INITIAL)
+        get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=which)
+        for name, which in ((TRAINED, embeddings), (INITIAL, False))
     )
     state = {}
     experts = parameters.experts_of_keys(model)
@@ -316,6 +320,11 @@ def restore(model: PeftModel, saved: Mapping[str, Tensor], where: str) -> None:
     others = {key: tensor for key, tensor in saved.items() if ".lora_" not in key}
     if others:
         set_peft_model_state_dict(model, others, adapter_name=TRAINED)
+
+
+def _adapts_embeddings(model: PeftModel) -> bool:
+    """Whether an adapter sits on the output head or on the embeddings of tokens."""
+    return any(isinstance(module, LoraLayer) for module in embeddings_of(model.get_base_model()))
 
 
 def relative_difference(now: Tensor, reference: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Literal
 
 from torch import nn
@@ -179,3 +180,13 @@ def learned_positions(model: nn.Module) -> int | None:
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
             places.append(module.num_embeddings - int(getattr(module, "offset", padding)))
     return min(places, default=None)
+
+
+def embeddings_of(model: Any) -> list[nn.Module]:
+    """The embedding of tokens and the output head, where a model has them and says so."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError, AttributeError):
+            module = getattr(model, name)()
+            found += [module] if isinstance(module, nn.Module) else []
+    return found

@@ -16,7 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from corda import adapter, artifact, models
 from corda.bases import Bases
 from corda.data.batches import encode_segments, pad_id
-from corda.data.formats import Segment, to_records
+from corda.data.formats import to_records
+from corda.data.rendering import Segment
 from corda.errors import ArtifactError, DataError, ModelError
 from corda.evaluation.generation import end_tokens, prompt
 from corda.forms import TRAINED

@@ -39,7 +39,7 @@ class Sealing(TrainerCallback):  # type: ignore[misc]
         world().wait()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            _let_go(Path(args.output_dir), self.limit)
+            _let_go(Path(args.output_dir), self.limit, state.best_model_checkpoint)
         world().wait()
 
 
@@ -102,13 +102,21 @@ def last(folder: Path, fingerprint: str, limit: int | None = None) -> str | None
                 checkpoint,
             )
             shutil.rmtree(checkpoint)
-    _let_go(folder, limit)
     found: str | None = get_last_checkpoint(str(folder))
+    _let_go(folder, limit, str(best(Path(found))) if found else None)
     return found
 
 
-def _let_go(folder: Path, limit: int | None) -> None:
-    rotate_checkpoints(output_dir=str(folder), save_total_limit=limit)
+def best(checkpoint: Path) -> Path:
+    """The checkpoint beside one that had the best evaluation when that one was written; without any, the one itself."""
+    named = artifact.read_json(checkpoint / "trainer_state.json").get("best_model_checkpoint")
+    beside = checkpoint.parent / Path(named).name if named else checkpoint
+    return beside if (beside / _SEAL).is_file() else checkpoint
+
+
+def _let_go(folder: Path, limit: int | None, kept: str | None) -> None:
+    """Let older checkpoints go, but for the one to be kept."""
+    rotate_checkpoints(output_dir=str(folder), save_total_limit=limit, best_model_checkpoint=kept)
 
 
 def finished(checkpoint: Path) -> list[dict[str, Any]] | None:

@@ -15,7 +15,8 @@ import torch
 from corda import models
 from corda.commenting import commented
 from corda.data.batches import encode, load_records
-from corda.data.formats import Record, Template
+from corda.data.formats import Record
+from corda.data.rendering import Template
 from corda.data.sources import HELD_OUT_NAMES, local_file
 from corda.errors import DataError
 from corda.inputs import Inputs
@@ -228,7 +229,7 @@ def _suggest(inputs: Inputs, facts: Mapping[str, Any], notes: dict[str, str]) ->
     adapter: dict[str, Any] = {"mode": recipe.adapter.mode, "rank": rank}
     kind = "zero" if not recipe.adapter.has_start else "start"
     why = {"start": "CorDA learns faster than LoRA at the same rate", "zero": "what starts at zero takes a higher rate"}
-    if recipe.adapter.mode == "kpm" and "balance" not in recipe.adapter.model_fields_set:
+    if recipe.adapter.mode == "kpm" and "balance" not in recipe.adapter.model_fields_set and recipe.adapter.damp:
         adapter["balance"] = "sigma"
         notes["adapter.balance"] = "with it and its lower rate KPM kept more than with equal norms, see docs/log.md"
     if "sigma" in {adapter.get("balance"), recipe.adapter.balance} and kind == "start":

@@ -158,6 +158,8 @@ class Inputs:
         excluded = {"report_to", "disable_tqdm", "resume_from_checkpoint", "save_steps", "save_total_limit"}
         excluded |= {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed", "fsdp", "fsdp_config"}
         excluded |= {"eval_steps"}
+        if (r.training.model_extra or {}).get("load_best_model_at_end"):
+            excluded -= {"save_steps"}  # what there is to choose from
         settings = r.training.model_dump(mode="json", exclude=excluded)
         settings["records_per_step"] = size * gathered * world().size  # however they are shared out
         metered = context if r.metered else None

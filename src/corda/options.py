@@ -16,7 +16,17 @@ Layout = Literal["patterns", "uniform"]
 ModelTask = Literal["causal-lm", "image-text-to-text", "seq2seq-lm", "sequence-classification", "token-classification"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]  # ~ is the home folder, as in a shell
+
+
+def _expanded(path: Path) -> Path:
+    """~ is the home folder, as in a shell."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+Folder = Annotated[Path, AfterValidator(_expanded)]
 
 
 class Strict(BaseModel):

@@ -174,9 +174,10 @@ def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
 
 def _suggest(word: str, candidates: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
-    elsewhere = [key for key in _keys(Recipe) if key.rpartition(".")[2] == word]
+    alike = (key for key in _keys(Recipe) if key.rpartition(".")[2] == word)
+    elsewhere = {key.partition(".")[0]: key for key in reversed(list(alike))}  # the first of each block
     if elsewhere:
-        return f", did you mean {elsewhere[0]!r}?"
+        return f", did you mean {' or '.join(map(repr, reversed(elsewhere.values())))}?"
     return f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(sorted(candidates))})"
 
 

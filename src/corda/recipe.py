@@ -265,7 +265,7 @@ class Recipe(Strict):
         if self.data.learn is None:
             raise ValueError("data.learn, the task to train on, is not set")
         asked = self.training.model_dump()
-        if self.data.validation is None and any(asked.get(key) not in {None, False, "no"} for key in _VALIDATED):
+        if self.data.validation is None and any(asked.get(key) not in (None, False, "no") for key in _VALIDATED):
             raise ValueError("training.eval_steps and its like read the loss on data.validation, which is not set")
         if self.export.format == "residual" and not self.adapter.has_start:
             raise ValueError(f"export.format residual needs initial factors, which mode {mode} has not")

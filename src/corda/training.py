@@ -112,7 +112,8 @@ def train(
         checkpoints.anew(folder, fingerprint)
     resume = processes.tell(found)
     if resume is not None and (finished := checkpoints.finished(Path(resume))) is not None:
-        model.load_adapter(resume, TRAINED)
+        wanted = (options.model_extra or {}).get("load_best_model_at_end")
+        model.load_adapter(str(checkpoints.best(Path(resume))) if wanted else resume, TRAINED)
         model.eval()
         return _curve(finished, 0.0)
     make = trainer_of or functools.partial(text_trainer, tokenizer=tokenizer, options=options, seed=seed)
@@ -162,12 +163,13 @@ def text_trainer(
     from trl import SFTTrainer
 
     arguments = trainer_arguments(options, folder, seed, device_of(model), validated=bool(validation))
+    shown = any(one.visual is not None and one.visual.images for one in (*learnt, *validation))
     with _undisturbed(model):
         return SFTTrainer(
             model=model,
             args=arguments,
-            train_dataset=_dataset(learnt, arguments),
-            eval_dataset=_dataset(validation, arguments) if validation else None,
+            train_dataset=_dataset(learnt, arguments, shown=shown),
+            eval_dataset=_dataset(validation, arguments, shown=shown) if validation else None,
             processing_class=tokenizer,
         )
 
@@ -191,12 +193,12 @@ def _curve(log: Sequence[dict[str, Any]], seconds: float, stopped: int | None = 
     )
 
 
-def _dataset(learnt: Sequence[Encoded], arguments: Any) -> Any:
-    """What TRL trains on: tokens with labels, or with images prompts and completions that it processes itself."""
+def _dataset(learnt: Sequence[Encoded], arguments: Any, *, shown: bool) -> Any:
+    """What TRL trains on: tokens with labels, or where images are shown texts that it processes with them itself."""
     from datasets import Dataset, Features, Image, List, Value
 
-    visuals = [one.visual for one in learnt if one.visual is not None]
-    if any(visual.images for visual in visuals):
+    if shown:
+        visuals = [one.visual for one in learnt if one.visual is not None]
         arguments.completion_only_loss, arguments.max_length = True, visuals[0].max_length
         features = Features({"prompt": Value("string"), "completion": Value("string"), "images": List(Image())})
         return Dataset.from_list(training_rows(visuals), features=features)
@@ -276,7 +278,7 @@ def arguments_of(
             bf16=_use_bf16(options, device),
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,
-            eval_strategy=(options.model_extra or {}).get("eval_strategy", "steps") if validated else "no",
+            eval_strategy=((options.model_extra or {}).get("eval_strategy", "steps") or "no") if validated else "no",
             eval_steps=options.eval_steps or EVAL_SHARE,
             disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
             **passed,

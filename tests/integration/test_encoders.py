@@ -204,6 +204,14 @@ def test_a_classifiers_loss_on_validation_records_is_read(classify, moods):
     assert all(0 < loss < 10 for loss in curve["eval_loss"])
 
 
+def test_labels_of_validation_records_are_checked_first(classify, moods):
+    (moods / "validation.jsonl").write_text('{"text": "Fine.", "label": "unheard-of"}\n', encoding="utf-8")
+    raw = classify()
+    raw["data"]["validation"] = "validation.jsonl"
+    with pytest.raises(DataError, match=r"none of the classes.*data\.validation.*unheard-of"):
+        pipeline.Stages(parse_recipe(raw), pipeline.silent).check()
+
+
 def test_one_batch_of_eight_trains_as_eight_of_one(classify, tmp_path):
     """Some of transformers' classifiers average over each batch whatever the trainer says."""
     changes = []

@@ -138,3 +138,9 @@ def test_a_draft_of_contrast_says_what_decay_would_be(corda, pico, data, tmp_pat
     assert load_recipe(target).training.weight_decay == 0
     assert "where forgetting matters try more" in text
     assert (said in text) if said else "of 4 to 12)" in text  # in 500 steps of 16 records
+
+
+def test_a_draft_without_damping_keeps_the_balance_that_needs_none(corda, pico, data, tmp_path):
+    files = ("--learn", data / "learn.jsonl", "--keep", data / "keep.jsonl", "--mode", "kpm")
+    assert corda("init-recipe", pico, *files, "-o", tmp_path / "r.yaml", "--set", "adapter.damp=0")[0] == 0
+    assert load_recipe(tmp_path / "r.yaml").adapter.balance == "equal"

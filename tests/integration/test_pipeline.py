@@ -351,7 +351,7 @@ def test_a_model_with_learned_positions_is_given_no_more_than_it_takes(short_gpt
 
 
 @pytest.mark.parametrize(
-    ("metrics", "message"), [(["answer_loss"], "got: [0-9]+ tokens"), (["exact_match"], "and 40 to generate")]
+    ("metrics", "message"), [(["answer_loss"], "got: [0-9]+ tokens"), (["exact_match"], "of which 40 to generate")]
 )
 def test_evaluation_records_longer_than_the_model_takes_are_refused_first(short_gpt, tmp_path, metrics, message):
     long = [{"question": "Add 1 and 1." + " Please." * 10, "answer": "2"}]
@@ -373,3 +373,47 @@ def test_an_adapter_names_the_revision_of_its_base(raw_recipe, monkeypatch):
         plan = stages.plan()
         stages.inputs.__dict__["source"] = replace(stages.inputs.source, revision="abc")
         assert stages.bases.attached(plan)[0].peft_config["default"].revision == "abc"
+
+
+def test_what_there_is_to_choose_from_counts_where_the_best_is_kept(raw_recipe, data):
+    rows = (data / "learn.jsonl").read_text().splitlines(keepends=True)
+    (data / "learn.jsonl").write_text("".join(rows[5:]))
+    (data / "validation.jsonl").write_text("".join(rows[:5]))
+    raw_recipe["data"]["validation"] = "validation.jsonl"
+    raw_recipe["training"] |= {"eval_steps": 1, "save_steps": 1}
+
+    def key(**more):
+        return Inputs(parse_recipe(raw_recipe | {"training": raw_recipe["training"] | more})).fingerprints["train"]
+
+    assert key() == key(save_steps=2)
+    assert key(load_best_model_at_end=True) != key(load_best_model_at_end=True, save_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"metrics": ["answer_loss", "exact_match"], "max_new_tokens": 2}, "with its answer"),
+        ({"metrics": ["accuracy"]}, "with a choice"),
+        ({"metrics": ["accuracy"], "choice_prompt": "Please " * 12 + "{context}"}, "with a choice"),
+    ],
+)
+def test_every_metric_counts_for_the_length_of_a_record(short_gpt, tmp_path, task, message):
+    long, short = "a long one " * 6, "short"
+    choices = [short, short] if "choice_prompt" in task else [short, long]
+    row = (
+        {"context": "Which?", "choices": choices, "label": 0}
+        if "accuracy" in task["metrics"]
+        else {"question": "Which?", "answer": long}
+    )
+    write_jsonl(tmp_path / "data" / "learn_test.jsonl", [row])
+    short_gpt["evaluation"]["tasks"]["sums"] |= task
+    with pytest.raises(DataError, match=rf"longer than the model takes.*sums.*{message}"):
+        Inputs(parse_recipe(short_gpt)).check()
+
+
+def test_artifacts_of_a_tokenizer_that_puts_blanks_are_those_without_them(raw_recipe, monkeypatch):
+    plain = Inputs(parse_recipe(raw_recipe)).fingerprints
+    monkeypatch.setattr(text, "puts_blanks", lambda _: True)
+    monkeypatch.setattr(text, "_BLANKS", {})
+    blanked = Inputs(parse_recipe(raw_recipe)).fingerprints
+    assert all(plain[kind] != blanked[kind] for kind in ("context", "before", "train", "after"))

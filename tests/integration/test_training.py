@@ -143,3 +143,25 @@ def test_validation_records_without_an_answer_are_named(adapted, tokenizer, rows
             fingerprint="k",
             validation=blank,
         )
+
+
+BEST = {"load_best_model_at_end": True, "greater_is_better": True, "per_device_eval_batch_size": 16, "eval_steps": 1}
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_best_checkpoint_outlives_the_limit_and_a_restart(pico, tokenizer, texts, rows, tmp_path, limit):
+    from transformers import AutoModelForCausalLM
+
+    from corda.evaluation.likelihood import answer_loss
+
+    options = TrainingOptions(**(OPTIONS | BEST | {"save_steps": 1, "save_total_limit": limit}))
+    losses = []
+    for _ in range(2):  # the second time all steps are done, as where a run is killed before it has written its result
+        model = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.float32)
+        adapted = attach(model, make_plan(model, collect(model, tokenizer, texts), rank=4))
+        curve = train(adapted, tokenizer, rows[:20], options, folder=tmp_path, fingerprint="k", validation=rows[20:])
+        losses.append(answer_loss(adapted, rows[20:], 0, 8).value)
+    assert curve.eval_loss[0] == max(curve.eval_loss) > 1.01 * curve.eval_loss[-1]
+    assert losses == pytest.approx([curve.eval_loss[0]] * 2, rel=1e-3)
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert len(list(tmp_path.glob("checkpoint-*"))) <= max(2, limit)

@@ -404,3 +404,29 @@ def test_an_export_of_a_model_with_new_tokens_names_what_is_missing(model, conte
     with pytest.raises(AdapterError, match=r"another vocabulary.*259 rows, 300 trained.*fresh_base"):
         export(wrapped, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("mode", ["kpm", "lora"])
+def test_a_resized_vocabulary_is_saved_with_the_adapter(model, pico, context, tmp_path, mode):
+    from corda.targets import find_targets
+
+    model.resize_token_embeddings(264)
+    reference = logits(model)
+    made = (
+        make_plan(model, context, mode=mode, rank=4)
+        if mode == "kpm"
+        else make_plan(model, find_targets(model), mode=mode, rank=4)
+    )
+    wrapped = attach(model, made)
+    perturb(wrapped)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert {key.rpartition("model.")[2] for key in saved if ".lora_" not in key} == {
+        "embed_tokens.weight",
+        "lm_head.weight",
+    }
+    fresh = pristine(pico)
+    fresh.resize_token_embeddings(264)
+    reloaded = PeftModel.from_pretrained(fresh, str(tmp_path / "a")).eval()
+    assert relative_difference(logits(reloaded), logits(wrapped.eval())) < 1e-5
+    assert relative_difference(logits(wrapped), reference) > 1e-3

@@ -11,7 +11,7 @@ import pytest
 from corda.comparing.conclusions import conclusions
 from corda.comparing.study import parse_study
 from corda.report.bent import Bent
-from corda.report.comparison import write_comparison
+from corda.report.comparison import _plain, write_comparison
 from corda.report.front import convergence, learning_forgetting
 from corda.report.metered import drift_against_rise
 
@@ -213,3 +213,8 @@ def test_where_some_runs_read_no_validation_loss_that_of_training_is_shown(compa
         if run["method"] == "kpm":
             del run["curve"]["eval_loss"]
     assert "training" in convergence(made).layout.yaxis.title.text
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(1234, "1234"), (1236.52, "1236.5"), (41.0, "41")])
+def test_steps_are_not_rounded_to_three_digits(steps: float, shown: str) -> None:
+    assert _plain(steps) == shown

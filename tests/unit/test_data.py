@@ -7,7 +7,8 @@ import json
 import pytest
 
 from corda.data.batches import calibration_rounds, encode, load_records
-from corda.data.formats import render, to_records
+from corda.data.formats import to_records
+from corda.data.rendering import render
 from corda.data.sources import read_records
 from corda.errors import DataError
 from corda.tasks import DataSource
@@ -171,7 +172,7 @@ def test_keys_keep_what_arithmetic_needs(one, other, same):
         ),
         ({"conversations": [{"from": "tool", "value": "3"}]}, "a turn is from 'tool', expected one of human, gpt"),
         ({"question": "How many?", "answer": []}, "answer is an empty list"),
-        ({"question": "How many?", "answer": None}, "no format"),
+        ({"question": "How many?", "answer": None}, "no record has an answer.*answer is None"),
         (
             {"context": "A", "choices": ["b", "c"], "label": "B"},
             r"label is 'B', expected the number of a choice, 0 to 1",
@@ -217,3 +218,39 @@ def test_an_empty_system_turn_is_none():
     turns = [("system", ""), ("user", "Hi."), ("assistant", "Yes.")]
     (record,) = to_records([{"messages": [{"role": role, "content": said} for role, said in turns]}])
     assert record.turns == (("user", "Hi."), ("assistant", "Yes."))
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\ufeffquestion,answer\nHow many?,72\nWhich code?,02139\nWhich version?,1.10\n", encoding="utf-8")
+    assert [record.answers for record in load_records(source(path), None, 0)] == [("72",), ("02139",), ("1.10",)]
+    path.write_text('question,answer\nHow many?,72\nNone?,\n"Two\nlines, and NA?",NA\n', encoding="utf-8")
+    records = load_records(source(path), None, 0)
+    assert [record.answers for record in records] == [("72",), ("NA",)]
+    assert "Two\nlines" in records[1].prompt
+    path.write_text("question,answer\na?,b,c\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 1.*3 cells.*double quotes"):
+        read_records(source(path))
+    path.write_text("text\n" + "long " * 100_000, encoding="utf-8")
+    assert len(read_records(source(path))[0]["text"]) == 500_000
+
+
+def test_which_record_comes_first_decides_nothing():
+    blank, right = {"question": "a?", "answer": None}, {"question": "b?", "answer": "x"}
+    assert (
+        [r.answers for r in to_records([blank, right])] == [r.answers for r in to_records([right, blank])] == [("x",)]
+    )
+    rows = [{"instruction": f"i{n}", "output": said, "text": "both"} for n, said in enumerate((None, "x"))]
+    assert [record.is_text for record in to_records(rows)] == [False]
+
+
+@pytest.mark.parametrize("completion", [[], None])
+def test_a_conversation_without_its_completion_is_left_out(completion):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    whole = {"prompt": turns, "completion": [{"role": "assistant", "content": "b"}]}
+    assert len(to_records([whole, {"prompt": turns, "completion": completion}])) == 1
+
+
+@pytest.mark.parametrize("label", [1, 1.0, " 1", "1"])
+def test_the_number_of_a_choice_may_be_written_in_several_ways(label):
+    assert to_records([{"context": "A", "choices": ["b", "c"], "label": label}])[0].label == 1

@@ -12,8 +12,9 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from corda.data import pictures, sources
 from corda.data.batches import batches, calibration_rounds, encode, load_records, padded
-from corda.data.formats import render, to_records
+from corda.data.formats import to_records
 from corda.data.images import training_rows
+from corda.data.rendering import render
 from corda.errors import DataError
 from corda.processing import framed_mark
 from corda.tasks import DataSource

@@ -171,3 +171,20 @@ def test_text_that_is_searched_for_an_answer_is_not_cut_at_its_first_line(raw_re
 def test_switches_that_are_off_need_no_validation_records(raw_recipe):
     raw_recipe["training"] |= {"load_best_model_at_end": False, "eval_strategy": "no", "eval_steps": None}
     assert parse_recipe(raw_recipe).data.validation is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_dir": "~nosuchuser/x"}, r"output_dir: ~nosuchuser/x"),
+        ({"model": {"model_name_or_path": "m", "format": "x"}}, r"'data\.learn\.format' or .*'export\.format'"),
+    ],
+)
+def test_odd_values_are_named_and_not_raised_raw(raw_recipe, change, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(raw_recipe | change)
+
+
+def test_an_odd_strategy_of_evaluation_is_not_raised_raw(raw_recipe):
+    with pytest.raises(RecipeError, match=r"data\.validation"):
+        parse_recipe(raw_recipe | {"training": {"eval_strategy": ["steps"]}})

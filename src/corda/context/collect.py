@@ -23,7 +23,8 @@ from corda.context.store import HELD_OUT, Context
 from corda.context.stream import streamed
 from corda.context.vision import patches_counted, refuse_response_only
 from corda.data.batches import Batch, Encoded, calibration_rounds, pad_id
-from corda.data.formats import Template, to_records
+from corda.data.formats import to_records
+from corda.data.rendering import Template
 from corda.distributed import ALONE, Processes, world
 from corda.errors import CalibrationError, ModelError
 from corda.journal import Journal, merged

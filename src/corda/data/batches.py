@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from corda.data import images
-from corda.data.formats import TEXTS, Record, Segment, Template, render, to_records
+from corda.data.formats import TEXTS, Record, to_records
+from corda.data.rendering import Segment, Template, render
 from corda.data.sources import local_file, read_records
 from corda.errors import DataError
 from corda.processing import takes_images, tokenizer_of
@@ -169,6 +170,11 @@ def _pieces(text: str, tokenizer: Any, *, behind: bool) -> list[int]:
         if whole[: len(known)] == known:
             return list(whole[len(known) :])
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def puts_blanks(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a blank in front of any text, which records in pieces are kept free of."""
+    return not takes_images(tokenizer) and _anchor(tokenizer) is not None
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,13 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from corda.data import labelled, pictures
 from corda.errors import DataError
-from corda.processing import framed_mark, takes_images, tokenizer_of
-
-Template = Literal["plain", "chat"]
 
 # What models that continue text learn from, in the order in which fields are looked for.
 TEXTS = ("messages", "sharegpt", "choice", "code", "prompt_completion", "qa", "alpaca", "text")
@@ -37,14 +34,6 @@ _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user
 # Words; an operator with a number or a single letter behind it; the point inside a number.
 _SAID = re.compile(r"\w+|[-+−*/=<>^%](?=\s*(?:\d|[^\W\d_]\b))|(?<=\d)\.(?=\d)")
 _ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a record's text; `response` marks what the model has to produce."""
-
-    text: str
-    response: bool
 
 
 @dataclass(frozen=True)
@@ -161,76 +150,6 @@ def _without(unanswered: Sequence[tuple[int, str]], total: int, where: str) -> N
     )
 
 
-def render(
-    record: Record,
-    tokenizer: Any,
-    template: Template,
-    shots: Sequence[Record] = (),
-    *,
-    end: bool = True,
-) -> list[Segment]:
-    """Segments of one record, solved examples before it as asked.
-
-    Args:
-        record: What to render.
-        tokenizer: Or processor, for the chat template and the end-of-sequence token.
-        template: "plain", or "chat" for the tokenizer's chat template (conversations always use it).
-        shots: Solved examples put in front, none of which counts as a response.
-        end: Whether the response includes the mark that ends it. Training needs it; an answer's loss does not count
-            it, because a base model that was shown examples expects the next example there.
-
-    Raises:
-        DataError: the chat template is missing or does not render turn by turn, or images for a model that takes none.
-    """
-    visual, marked = takes_images(tokenizer), bool(record.images) or any(shot.images for shot in shots)
-    if marked and not visual:
-        raise DataError(
-            "the records have images, and the model takes none",
-            where=type(tokenizer).__name__,
-            fix="use a vision-language model, or drop the column with the images",
-        )
-    if record.is_text:
-        return [Segment(record.response, True)]
-    mark = (tokenizer_of(tokenizer).eos_token or "") if end else ""
-    if template == "plain" and not record.always_chat:
-        context = "".join(f"{shot.prompt}{shot.response}\n\n" for shot in shots)
-        prompt = context + record.prompt
-        prompt = prompt.replace(pictures.MARK, framed_mark(tokenizer)) if marked else prompt
-        return [Segment(prompt, False), Segment(record.response + mark, True)]
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where="data.template",
-            fix="use template: plain, or a tokenizer that has one",
-        )
-    turns = [turn for shot in shots for turn in shot.turns] + list(record.turns)
-    messages = [{"role": role, "content": content} for role, content in turns]
-    first_learnt = len(messages) - len(record.turns)
-    segments: list[Segment] = []
-    done = ""
-    # Processors' templates go through a list of parts; a string they would take apart letter by letter.
-    shown: list[dict[str, Any]] = [
-        m | {"content": pictures.parts(m["content"], marked)} if visual else dict(m) for m in messages
-    ]
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first_learnt:
-            continue
-        before = str(tokenizer.apply_chat_template(shown[:index], tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(shown[: index + 1], tokenize=False))
-        if not before.startswith(done) or not after.startswith(before):
-            raise DataError(
-                "the chat template changes earlier turns when a later one is added",
-                where="tokenizer.chat_template",
-                fix="keep one answer per conversation, or use a template that only appends",
-            )
-        said = after[len(before) :]
-        if not end and message["content"] in said:
-            said = said[: said.index(message["content"]) + len(message["content"])]
-        segments += [Segment(before[len(done) :], False), Segment(said, True)]
-        done = after
-    return segments
-
-
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, number: int) -> dict[str, Any]:
     lost = [column for column in columns.values() if column not in record]
     if lost:
@@ -246,7 +165,7 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, 
 
 def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, known: Sequence[str]) -> str:
     for name in known:
-        if all(record.get(f) is not None for f in _FIELDS[name]):
+        if all(record.get(f) is not None or (f in _ANSWERS and f in record) for f in _FIELDS[name]):
             return name
     inverse = {name: column for name, column in columns.items()}
     raise _no_format({inverse.get(k, k): v for k, v in record.items()}, where, "one of the known formats", known)
@@ -277,8 +196,10 @@ def _answer(value: Any, name: str) -> str:
 
 
 def _text(value: Any, name: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else str(value)  # a column of integers with a gap is of floats
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} is {value!r}, expected text")
     return value
@@ -309,6 +230,8 @@ def _alpaca(record: Mapping[str, Any]) -> Record:
 def _prompt_completion(record: Mapping[str, Any]) -> Record:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list):
+        if not completion:
+            raise _NoAnswerError(f"completion is {completion!r}")
         return _messages({"messages": [*prompt, *completion]})
     prompt, completion = _text(prompt, "prompt"), _answer(completion, "completion")
     turns = (("user", prompt.strip()), ("assistant", completion.strip()))
@@ -346,7 +269,7 @@ def _running_text(record: Mapping[str, Any]) -> Record:
 
 def _choice(record: Mapping[str, Any]) -> Record:
     choices = tuple(_text(c, "choice") for c in record["choices"])
-    given = str(record["label"])
+    given = str(record["label"]).strip().removesuffix(".0")
     context = _text(record["context"], "context")
     if not given.isdecimal() or int(given) >= len(choices):
         raise ValueError(f"label is {record['label']!r}, expected the number of a choice, 0 to {len(choices) - 1}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corda.data.formats import Segment
 from corda.data.pictures import opened
+from corda.data.rendering import Segment
 from corda.errors import DataError
 from corda.processing import image_mark, image_token_id, tokenizer_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ TEXTS = (
 
 # The field with a tag for each of `tokens`.
 TAGS = ("ner_tags", "tags", "labels", "pos_tags")
+
+_NUMBER = re.compile(r"-\d+|-?\d+\.\d*")
 
 
 def described() -> str:
@@ -41,6 +44,8 @@ def class_name(value: Any) -> str:
         if value < 0:
             raise ValueError(f"label is {value!r}: records without a label cannot be used")
         return str(int(value))
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):  # a cell of a table
+        return class_name(float(value))
     if isinstance(value, str) and value.strip():
         return value
     raise ValueError(f"label is {value!r}, expected the one class of the text, by name or number")

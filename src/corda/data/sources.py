@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from corda.tasks import DataSource
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "dev", "heldout", "eval")  # what files of held-out records are called
 _FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_LONGEST_CELL = 2**31 - 1  # characters
 
 
 def local_file(source: DataSource, data_dir: Path | None) -> Path | None:
@@ -106,6 +108,8 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         return value
     if path.suffix not in _FILES:
         raise DataError("unknown kind of data file", where=str(path), expected=", ".join(sorted(_FILES)))
+    if path.suffix == ".csv":
+        return _read_csv(path)
     import datasets
 
     try:
@@ -113,6 +117,27 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
     except Exception as error:  # datasets raises whatever its readers raise
         raise DataError("the data file cannot be read", where=str(path), got=str(error).splitlines()[0]) from None
     return [dict(record) for record in pictures.undecoded(table)]
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Cells as text, empty ones as None: 007 and 1.10 are no numbers, and a column with a gap not one of floats."""
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError("the data file cannot be read", where=str(path), got=str(error)) from None
+    finally:
+        csv.field_size_limit(limit)
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise DataError(
+                "a row has more cells than the first line names columns",
+                where=f"{path}, row {number}",
+                got=f"{len(row) - 1 + len(row[None])} cells",
+                fix="put cells with commas or line breaks in double quotes",
+            )
+    return [{name: cell or None for name, cell in row.items()} for row in rows]
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from corda.architectures import learned_positions
-from corda.data.batches import encode, load_records, pad_id
-from corda.data.formats import Record, Template
+from corda.data.batches import encode, encode_segments, load_records, pad_id
+from corda.data.formats import Record
+from corda.data.rendering import Segment, Template
 from corda.errors import DataError, RecipeError
 from corda.evaluation.execution import pass_at_1
 from corda.evaluation.generation import exact_match, prompt
-from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity
+from corda.evaluation.likelihood import answer_loss, choice_accuracy, choice_texts, perplexity
 from corda.evaluation.scores import Score
 from corda.progress import Progress, silent
 from corda.recipe import Recipe
@@ -151,19 +152,24 @@ def refuse_longer(task: Task, tokenizer: Any, template: Template, positions: int
     Raises:
         DataError: names the task, the longest record's tokens and what the model takes.
     """
-    generated = {"exact_match", "pass_at_1"} & set(task.options.metrics)
-    more = task.options.max_new_tokens if generated else 0
-    longest = 0
+    metrics, options = set(task.options.metrics), task.options
+    needed: list[tuple[int, str]] = []
     for record in task.records:
-        if generated:
-            longest = max(longest, len(prompt(record, tokenizer, template, task.shots)))
-        elif not record.is_text:
-            longest = max(longest, len(encode(record, tokenizer, template=template, shots=task.shots)))
-    if longest + more > positions:
+        if metrics & {"exact_match", "pass_at_1"}:
+            asked = len(prompt(record, tokenizer, template, task.shots))
+            needed.append((asked + options.max_new_tokens, f"of which {options.max_new_tokens} to generate"))
+        if "answer_loss" in metrics:
+            needed.append((len(encode(record, tokenizer, template=template, shots=task.shots)), "with its answer"))
+        if "accuracy" in metrics:
+            for texts in choice_texts(record, options.choice_prompt):
+                pieces = [Segment(text, False) for text in texts]
+                needed.append((len(encode_segments(pieces, tokenizer)), "with a choice"))
+    longest, what = max(needed, default=(0, ""))
+    if longest > positions:
         raise DataError(
             "evaluation records are longer than the model takes",
             where=f"evaluation.tasks.{task.name}",
-            got=f"{longest} tokens" + (f" and {more} to generate" if more else ""),
+            got=f"{longest} tokens, {what}",
             expected=f"at most {positions}",
             fix="leave longer records out, or lower shots or max_new_tokens",
         )

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from corda.data.batches import Encoded, encode_segments, pad_id, padded
-from corda.data.formats import Record, Segment, Template, render
+from corda.data.formats import Record
+from corda.data.rendering import Segment, Template, render
 from corda.evaluation.scores import Score, mean
 from corda.processing import tokenizer_of
 from corda.progress import Progress, silent

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from corda.data.batches import Encoded, batches, encode_segments
-from corda.data.formats import Record, Segment
+from corda.data.formats import Record
+from corda.data.rendering import Segment
 from corda.evaluation.scores import Score, mean, ratio
 from corda.progress import Progress, silent
 from corda.sharding import device_of
@@ -116,6 +117,23 @@ def _gap(prompt: str) -> re.Match[str] | None:
     return gaps[0] if len(gaps) == 1 and re.search(r"\w", prompt[gaps[0].end() :]) else None
 
 
+def choice_texts(record: Record, prompt: str) -> list[tuple[str, str]]:
+    """For each choice what stands before what is scored, and that.
+
+    Args:
+        record: With choices.
+        prompt: Holds {context}.
+    """
+    texts = []
+    for choice in record.choices:
+        if gap := _gap(record.prompt):
+            before, after = record.prompt[: gap.start()], record.prompt[gap.end() :]
+            texts.append((prompt.format(context=before.rstrip() + " " + choice), after))
+        else:
+            texts.append((prompt.format(context=record.prompt), " " + choice))
+    return texts
+
+
 def choice_accuracy(
     model: nn.Module,
     tokenizer: Any,
@@ -142,12 +160,7 @@ def choice_accuracy(
     encoded: list[Encoded] = []
     lengths: list[int] = []
     for record in records:
-        for choice in record.choices:
-            if gap := _gap(record.prompt):
-                before, after = record.prompt[: gap.start()], record.prompt[gap.end() :]
-                context, continuation = prompt.format(context=before.rstrip() + " " + choice), after
-            else:
-                context, continuation = prompt.format(context=record.prompt), " " + choice
+        for context, continuation in choice_texts(record, prompt):
             encoded.append(encode_segments([Segment(context, False), Segment(continuation, True)], tokenizer))
             lengths.append(len(continuation.strip().encode()))
     losses = token_losses(model, encoded, pad_token_id, batch_size, progress)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from corda import architectures
 from corda.adapter import relative_difference
+from corda.architectures import embeddings_of
 from corda.errors import AdapterError, CheckError, ModelError
 from corda.exporting.update import Factors
 from corda.models import keep_exact
@@ -66,7 +67,7 @@ def same_vocabulary(base: PreTrainedModel, load: Callable[[], PreTrainedModel]) 
 
     def loaded() -> PreTrainedModel:
         fresh = load()
-        rows = [one.weight.shape[0] for m in (base, fresh) if (one := m.get_input_embeddings()) is not None]
+        rows = [getattr(module, "num_embeddings", 0) for m in (base, fresh) for module in embeddings_of(m)[:1]]
         if len(set(rows)) > 1:
             raise AdapterError(
                 "the original base has another vocabulary than the model that was trained",

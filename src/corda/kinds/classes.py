@@ -173,6 +173,7 @@ class Classes(Kind):
         )
         label_arguments(self, r.output_dir / "checkpoints", device)
         self._check_labels(self.learn_records, "data.learn")
+        self._check_labels(self.validation_records, "data.validation")
 
     def check_task(self, task: Task) -> None:
         """Refuse metrics that do not fit a task's records.

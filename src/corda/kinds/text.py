@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,8 +14,9 @@ from transformers import Trainer
 
 from corda import models, training
 from corda.architectures import learned_positions
-from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded
-from corda.data.formats import TEXTS, Record, render
+from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded, puts_blanks
+from corda.data.formats import TEXTS, Record
+from corda.data.rendering import render
 from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate, refuse_longer
 from corda.kinds.kind import Kind
@@ -22,12 +24,19 @@ from corda.processing import takes_images
 from corda.progress import Progress, silent
 
 _LOOKED_AT = 100
+_BLANKS: dict[models.Source, bool] = {}  # a study asks for every cell, and loading a tokenizer takes half a second
 
 
 class Text(Kind):
     """See the module."""
 
     formats = kept = TEXTS
+
+    def head(self) -> list[Any]:
+        """Of tokenizers that put a blank in front of any text: that records in pieces have been kept free of it."""
+        if self.source not in _BLANKS:
+            _BLANKS[self.source] = puts_blanks(self.tokenizer)
+        return ["no blanks"] if _BLANKS[self.source] else []
 
     def encode(self, record: Record, limit: int | None = None) -> Encoded:
         """A record as tokens, its text as the template has it. A record whose images do not fit has no tokens.

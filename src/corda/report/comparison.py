@@ -188,9 +188,14 @@ def _steps(comparison: Mapping[str, Any], found: Mapping[str, Any], kind: str) -
     labels, rows = comparison["labels"], []
     for name, one in found.items():
         seeds = one["seeds"].values()
-        text = ", ".join(f"{s['steps']:.3g} of {s['of']}" if s["steps"] is not None else "not" for s in seeds)
+        text = ", ".join("not" if s["steps"] is None else f"{_plain(s['steps'])} of {s['of']}" for s in seeds)
         rows.append(row(labels[name], [cell(escape(labels[one["against"]])), cell(text)]))
     return table(["method", "against", f"steps to reach its final {kind} loss, seed by seed"], rows)
+
+
+def _plain(steps: float) -> str:
+    """With one decimal, where it is none of nothing."""
+    return f"{steps:.1f}".removesuffix(".0")
 
 
 def _steps_at_one_rate(comparison: Mapping[str, Any], found: Mapping[str, Any], kind: str) -> str:
