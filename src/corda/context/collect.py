@@ -192,12 +192,13 @@ def collect_encoded(
 
 def _refuse_offload(weights: LazyWeights | None, why: str) -> None:
     if weights is not None:
-        targets = "leave the layers outside of the blocks out of adapter.target_modules, or set"
         raise ModelError(
             "weights that stay on disk, off-loaded or of a 4-bit base, are read block by block, and "
             + (why or "context.stream is false"),
             where="context.offload, model.load_in_4bit",
-            fix=f"{targets} both to false" if why else "set context.stream: true",
+            fix="leave the layers outside of the blocks out of adapter.target_modules"
+            if why
+            else "set context.stream: true",
         )
 
 
