@@ -192,13 +192,11 @@ def collect_encoded(
 
 def _refuse_offload(weights: LazyWeights | None, why: str) -> None:
     if weights is not None:
+        leave = "leave the layers outside of the blocks out of adapter.target_modules"
         raise ModelError(
-            "weights that stay on disk, off-loaded or of a 4-bit base, are read block by block, and "
-            + (why or "context.stream is false"),
+            f"weights off-loaded or of a 4-bit base are read block by block, and {why or 'context.stream is false'}",
             where="context.offload, model.load_in_4bit",
-            fix="leave the layers outside of the blocks out of adapter.target_modules"
-            if why
-            else "set context.stream: true",
+            fix=leave if why else "set context.stream: true",
         )
 
 
