@@ -133,7 +133,16 @@ def cell(score: Score, base: Score) -> dict[str, Any]:
     }
 
 
-def run(data_dir: Path, output: Path, minutes: float, options: ModelOptions) -> None:
+def take_over(output: Path, name: str) -> None:
+    """Cells that the result file has, where they are not there already: another machine goes on."""
+    known = RESULTS / f"{name}.json"
+    for row in artifact.read_json(known)["rows"] if known.is_file() else []:
+        path = place(output, row["method"], row["calibration"], row["windows"] or 0)
+        if not path.is_file():
+            artifact.write_json(path, row)
+
+
+def run(data_dir: Path, output: Path, minutes: float, options: ModelOptions, name: str) -> None:
     """Every cell in order, as far as the minutes reach; each is a file in `output`."""
     started = time.perf_counter()
     loaded = models.load(options)
@@ -144,14 +153,15 @@ def run(data_dir: Path, output: Path, minutes: float, options: ModelOptions) -> 
     test = spread(windows_of(text, tokenizer, TEST_WINDOW), TEST_WINDOWS)
     base = answer_loss(model, test, pad_id(tokenizer), 4)
     output.mkdir(parents=True, exist_ok=True)
+    take_over(output, name)
     for method, source, n in CELLS:
         if place(output, method, source, n).is_file():
             continue
         if time.perf_counter() - started > 60 * minutes:
             return
         with torch.no_grad():
-            for name, W in weights.items():
-                model.get_submodule(name).weight.copy_(W)
+            for layer, W in weights.items():
+                model.get_submodule(layer).weight.copy_(W)
         found = context(source, data_dir, model, tokenizer, layers, output) if source else None
         U = bases(method, layers, weights, found, n)
         done: dict[str, Any] = {"method": method, "calibration": source, "windows": n or None, "ranks": {}}
@@ -210,5 +220,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     options = ModelOptions(model_name_or_path=given.model)
     if given.minutes > 0:
-        run(given.data_dir, given.output, given.minutes, options)
+        run(given.data_dir, given.output, given.minutes, options, given.name)
     gather(given.output, given.name, options)
