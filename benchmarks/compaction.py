@@ -135,8 +135,10 @@ def cell(score: Score, base: Score) -> dict[str, Any]:
 
 def take_over(output: Path, name: str) -> None:
     """Cells that the result file has, where they are not there already: another machine goes on."""
-    known = RESULTS / f"{name}.json"
-    for row in artifact.read_json(known)["rows"] if known.is_file() else []:
+    file = RESULTS / f"{name}.json"
+    known = artifact.read_json(file) if file.is_file() else {"rows": []}
+    for row in known["rows"]:
+        row.setdefault("provenance", known["provenance"])
         path = place(output, row["method"], row["calibration"], row["windows"] or 0)
         if not path.is_file():
             artifact.write_json(path, row)
@@ -171,7 +173,7 @@ def run(data_dir: Path, output: Path, minutes: float, options: ModelOptions, nam
             discard(model, weights, U, rank)
             done["ranks"][str(rank)] = cell(answer_loss(model, test, pad_id(tokenizer), 4), base)
             print(label(method, source, n), rank, done["ranks"][str(rank)]["ratio_to_base"], flush=True)
-        artifact.write_json(place(output, method, source, n), done)
+        artifact.write_json(place(output, method, source, n), done | {"provenance": artifact.provenance()})
 
 
 def gather(output: Path, name: str, options: ModelOptions) -> None:
