@@ -113,7 +113,8 @@ def test_the_loss_on_validation_records_is_shown_and_changes_no_training(raw_rec
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
     keys = [Inputs(one).fingerprints for one in (plain, recipe)]
     assert [kind for kind in keys[0] if keys[0][kind] != keys[1][kind]] == ["train", "after", "export"]
-    assert "validation" in (recipe.output_dir / "report.html").read_text(encoding="utf-8")
+    pages = [(one.output_dir / "report.html").read_text(encoding="utf-8") for one in (plain, recipe)]
+    assert ["dots: of data.validation" in page for page in pages] == [False, True]
 
 
 def test_scores_of_the_same_base_are_taken_over(raw_recipe, tmp_path, monkeypatch):

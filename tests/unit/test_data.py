@@ -190,6 +190,7 @@ def test_what_is_wrong_with_a_record_is_said_in_its_own_terms(record, message):
 def test_numbers_are_taken_as_text():
     (record,) = to_records([{"question": "How many?", "answer": [4, 4.5]}])
     assert record.answers == ("4", "4.5")
+    assert to_records([{"question": "How many?", "answer": ["", 4, None]}])[0].answers == ("4",)  # blank aliases
     assert to_records([{"text": 7}])[0].response == "7"
     for empty in (True, float("nan")):  # the second is an empty cell of a table
         with pytest.raises(DataError, match=f"answer is {empty}"):

@@ -210,9 +210,11 @@ def _qa(record: Mapping[str, Any]) -> Record:
     given = record["answer"]
     if isinstance(given, Mapping):  # SQuAD and TriviaQA: {"text": [...]} or {"value": ..., "aliases": [...]}
         given = given["text"] if "text" in given else [given["value"], *given.get("aliases", [])]
-    answers = tuple(_answer(a, "answer").strip() for a in (given if isinstance(given, list | tuple) else [given]))
-    if not answers:
-        raise _NoAnswerError("answer is an empty list")
+    if isinstance(given, list | tuple):  # accepted answers, of which some sets have blank ones
+        given = [one for one in given if one is not None and str(one).strip()]
+        if not given:
+            raise _NoAnswerError("answer is an empty list")
+    answers = tuple(_answer(one, "answer").strip() for one in (given if isinstance(given, list) else [given]))
     turns = (("user", question), ("assistant", answers[0]))
     return Record(f"Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
 

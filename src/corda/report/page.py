@@ -77,6 +77,7 @@ def _read(folders: Sequence[Path]) -> list[Run]:
 def _body(runs: Sequence[Run], title: str) -> list[str]:
     models = _join([run.results["model"]["name"] for run in runs])
     notes = [run.results["model"]["note"] for run in runs if run.results["model"].get("note")]
+    validated = any(run.results["train"].get("eval_loss") for run in runs)
     return [
         f"<h1>{title}</h1>",
         f'<p class="quiet">Base model {escape(models)}{escape("; " + _join(notes)) if notes else ""}.</p>',
@@ -87,7 +88,7 @@ def _body(runs: Sequence[Run], title: str) -> list[str]:
             figure(
                 "training",
                 figures.training_curves(runs),
-                "Faint: as logged; strong: running mean; dots: of data.validation",
+                "Faint: as logged; strong: running mean" + ("; dots: of data.validation" if validated else ""),
             ),
         ),
         drift_section(runs),
