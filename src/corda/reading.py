@@ -24,6 +24,7 @@ _SET_BY = {
     "use_cpu": "model.device",
     "max_length": "data.max_length",
     "save_strategy": "training.save_steps",
+    "activation_checkpointing": "training.gradient_checkpointing",
 }
 
 

@@ -27,7 +27,7 @@ from corda.sharding import device_of
 
 _METER = {"drift_meter", "drift_steps", "max_drift", "drift_weight"}
 _OURS = {"save_steps", "save_total_limit", "resume_from_checkpoint", "disable_tqdm", "bf16", "decay_to_init", *_METER}
-_OURS |= {"eval_steps", "eval_strategy"}
+_OURS |= {"eval_steps", "eval_strategy", "gradient_checkpointing"}
 EVAL_SHARE = 0.05  # of all steps, between two readings of the loss on validation records
 
 # Of a model, the records it learns from, the folder for checkpoints, and validation records.
@@ -275,6 +275,7 @@ def arguments_of(
             seed=seed,
             data_seed=seed,
             use_cpu=device.type == "cpu",
+            activation_checkpointing=options.gradient_checkpointing,  # its name from transformers 5.20 on
             bf16=_use_bf16(options, device),
             save_strategy="steps" if options.save_steps else "no",
             save_steps=options.save_steps or 500,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 
 import pytest
 from conftest import WORDS, write_jsonl
@@ -28,6 +30,10 @@ def tiny(folder, methods, **more):
     raw["learning_rates"] = [0.001, 0.03]
     raw["extensions"] = 0
     return parse_study(raw | more)
+
+
+def leave_a_mark(folder):
+    (folder / f"{os.getpid()}.began").touch()
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +236,10 @@ def test_the_grid_is_extended_where_the_best_rate_is_at_its_end(tmp_path):
 def test_cells_side_by_side_give_the_same_scores(done, tmp_path):
     _, found = done
     study = tiny(tmp_path, ["lora", "kpm"], devices=["cpu", "cpu"])
-    again = compare(study)
+    told: list[str] = []
+    again = compare(study, announce=told.append, prepare=partial(leave_a_mark, tmp_path))
+    assert told[0] == "[1/4] lora-lr0.001-seed0 on cpu"
+    assert len(list(tmp_path.glob("*.began"))) == 2
     key = "problems/answer_loss"
     one, two = (
         {(r["method"], r["learning_rate"]): r["scores"]["after"][key]["value"] for r in runs["runs"]}

@@ -13,7 +13,7 @@ from corda.forms import INITIAL
 from corda.plan.make import make_plan
 from corda.recipe import TrainingOptions
 from corda.tasks import DataSource
-from corda.training import train
+from corda.training import train, trainer_arguments
 
 OPTIONS = {"max_steps": 4, "learning_rate": 0.01, "per_device_train_batch_size": 4, "warmup_steps": 0}
 
@@ -93,6 +93,14 @@ def test_no_autocast_is_left_on_the_model(adapted, tokenizer, rows, tmp_path):
     assert adapted(input_ids=ids).logits.dtype == torch.float32
     twice = [adapted(input_ids=ids).logits for _ in range(2)]
     assert torch.equal(*twice)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_checkpointing_is_as_asked_for_and_under_the_name_that_stays(tmp_path, checkpointed, recwarn):
+    options = TrainingOptions(gradient_checkpointing=checkpointed)
+    made = trainer_arguments(options, tmp_path, 0, torch.device("cpu"), validated=False)
+    assert made.gradient_checkpointing is checkpointed
+    assert not [w for w in recwarn if "checkpointing" in str(w.message)]
 
 
 def test_tensorboard_through_report_to(adapted, tokenizer, rows, tmp_path, monkeypatch):

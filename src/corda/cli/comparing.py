@@ -44,7 +44,10 @@ def compare(
     if dry_run:
         print_value(check(given) | {"order": [cell.id for cell in cells(given)]}, as_json)
         return
-    found = comparing.gathered(given) if gather else comparing.compare(given, progress=shown, announce=note)
+    if gather:
+        found = comparing.gathered(given)
+    else:
+        found = comparing.compare(given, progress=shown, announce=note, prepare=quiet)
     if as_json:
         print_value(found, True)
         return

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from contextlib import AbstractContextManager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    getLogger("bitsandbytes").setLevel(ERROR)  # that a kernel for some CPUs is not installed
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")  # of TRL's calls, not ours
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection
 from typing import Any
@@ -26,7 +26,11 @@ COMPARISON, PAGE = "comparison.json", "comparison.html"
 
 
 def compare(
-    study: Study, *, progress: Progress = silent, announce: Callable[[str], None] = lambda _: None
+    study: Study,
+    *,
+    progress: Progress = silent,
+    announce: Callable[[str], None] = lambda _: None,
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run what is not there yet, as far as the minutes reach, and write comparison.json and comparison.html.
 
@@ -34,6 +38,7 @@ def compare(
         study: What to compare; refused where the comparison would not be fair.
         progress: Shows how far each stage is, where cells run one after the other.
         announce: Told of every cell.
+        prepare: Called first in every process of its own, where cells run side by side; a function of a module.
 
     Returns:
         The content of comparison.json.
@@ -50,13 +55,13 @@ def compare(
 
     reference = facts["trainable_parameters"]
     todo = cells(study)
-    results = dict(_run(study, todo, reference, in_time, progress, announce))
+    results = dict(_run(study, todo, reference, in_time, progress, announce, prepare))
     for _ in range(study.extensions):
         more = _extensions(study, results)
         if not more or not in_time():
             break
         todo += more
-        results |= dict(_run(study, more, reference, in_time, progress, announce))
+        results |= dict(_run(study, more, reference, in_time, progress, announce, prepare))
     return write(study, todo, results, facts)
 
 
@@ -115,6 +120,7 @@ def _run(
     in_time: Callable[[], bool],
     progress: Progress,
     announce: Callable[[str], None],
+    prepare: Callable[[], None] | None,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Cells with their results; those that the minutes do not reach are left out."""
     open_: list[Cell] = []
@@ -132,29 +138,42 @@ def _run(
             announce(f"[{number}/{len(open_)}] {cell.id}")
             yield cell, run_cell(study, cell, device=study.devices[0], reference=reference, progress=progress)
     else:
-        yield from _side_by_side(study, open_, reference, in_time, announce)
+        yield from _side_by_side(study, open_, reference, in_time, announce, prepare)
 
 
 def _side_by_side(
-    study: Study, todo: Iterable[Cell], reference: int, in_time: Callable[[], bool], announce: Callable[[str], None]
+    study: Study,
+    todo: Sequence[Cell],
+    reference: int,
+    in_time: Callable[[], bool],
+    announce: Callable[[str], None],
+    prepare: Callable[[], None] | None,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """One process a device; each takes the next cell when it is free."""
-    free, waiting = list(study.devices), iter(todo)
+    free, waiting = list(study.devices), enumerate(todo, 1)
     running: dict[Future[dict[str, Any]], tuple[Cell, str]] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(free), mp_context=context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(len(free), mp_context=context, initializer=_begin, initargs=(prepare,)) as pool:
         while True:
-            while free and in_time() and (cell := next(waiting, None)) is not None:
-                device = free.pop()
-                announce(f"{cell.id} on {device}")
+            while free and in_time() and (numbered := next(waiting, None)) is not None:
+                (number, cell), device = numbered, free.pop()
+                announce(f"[{number}/{len(todo)}] {cell.id} on {device}")
                 running[pool.submit(_in_process, study, cell, device, reference)] = (cell, device)
             if not running:
+                if left := len(list(waiting)):
+                    announce(f"out of time: {left} cells stay empty")
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 cell, device = running.pop(future)
                 free.append(device)
                 yield cell, future.result()
+
+
+def _begin(prepare: Callable[[], None] | None) -> None:
+    end_with_parent()
+    if prepare is not None:
+        prepare()
 
 
 def end_with_parent() -> None:
