@@ -25,7 +25,15 @@ _SET_BY = {
     "max_length": "data.max_length",
     "save_strategy": "training.save_steps",
     "activation_checkpointing": "training.gradient_checkpointing",
+    "max_seq_length": "data.max_length",
 }
+# Fields of TRL's that would change what is learnt from records that are tokens already.
+_NOT_OFFERED = {
+    "packing": "records are not packed for training",
+    "assistant_only_loss": "the loss is always that of answers, every answer of a conversation",
+}
+# What other tools call it, or where it is looked for first.
+_ALSO_CALLED = {"data.test": "evaluation.tasks", "data.eval": "evaluation.tasks", "path": "dataset", "file": "dataset"}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -54,14 +62,33 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         RecipeError: the file is missing, not YAML, or not a mapping.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Unique)
     except FileNotFoundError:
         raise RecipeError(f"the {what} does not exist", where=str(path), fix="check the path") from None
+    except OSError as error:
+        fix = f"name the {what}, a YAML file"
+        raise RecipeError(f"the {what} cannot be read", where=str(path), got=error.strerror, fix=fix) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"the {what} is not valid YAML", where=str(path), got=str(error)) from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"the {what} is not a mapping", where=str(path), got=type(raw).__name__)
+        got = "an empty file" if raw is None else f"a {type(raw).__name__}"
+        fix = "begin it with keys: model:, data:, adapter:" if what == "recipe" else "begin it with keys"
+        raise RecipeError(f"the {what} is not a mapping", where=str(path), got=got, fix=fix)
     return raw
+
+
+class _Unique(yaml.SafeLoader):
+    """Of two equal keys YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ; those that `<<` merges in may be set again."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value
+            if name != "<<" and name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
+            seen.add(name)
+        return dict(super().construct_mapping(node, deep))
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -165,10 +192,15 @@ def _describe(problem: dict[str, Any], inside: Sequence[str] = ()) -> str:
     location = [*inside, *(str(part) for part in problem["loc"])]
     key = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggest(location[-1], _fields_at(location[:-1]))}"
+        meant = _ALSO_CALLED.get(key) or _ALSO_CALLED.get(location[-1])
+        return f"unknown key {key!r}" + (
+            f", did you mean {meant!r}?" if meant else _suggest(location[-1], _fields_at(location[:-1]))
+        )
     if problem["type"] == "missing":
         return f"missing key {key!r}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = f"has keys of its own ({', '.join(_fields_at(location)[:3])}, …)"
     shown = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
     return f"{key}: {message}{shown}"
 
@@ -214,4 +246,7 @@ def _unknown_training_keys(training: Mapping[str, Any]) -> list[str]:
 
     known = [*SFTConfig.__dataclass_fields__, *TrainingOptions.model_fields]
     ours = [f"'training.{key}' is set by {_SET_BY[key]}" for key in extra if key in _SET_BY]
-    return ours + [f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in known]
+    ours += [f"'training.{k}' is not offered: {why}" for k, why in _NOT_OFFERED.items() if training.get(k)]
+    return ours + [
+        f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in (*known, *_SET_BY)
+    ]

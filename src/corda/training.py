@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from corda import checkpoints
 from corda.data.batches import IGNORED, Encoded
@@ -266,29 +268,62 @@ def arguments_of(
     Raises:
         RecipeError: the class refuses them.
     """
+    extra = options.model_extra or {}
     passed = {k: v for k, v in options.model_dump().items() if k not in _OURS}
     if validated:  # the trainer's own default, 8, may not fit where training is at 1
         passed.setdefault("per_device_eval_batch_size", options.per_device_train_batch_size)
     try:
-        return kind(
-            output_dir=str(folder),
-            seed=seed,
-            data_seed=seed,
-            use_cpu=device.type == "cpu",
-            activation_checkpointing=options.gradient_checkpointing,  # its name from transformers 5.20 on
-            bf16=_use_bf16(options, device),
-            save_strategy="steps" if options.save_steps else "no",
-            save_steps=options.save_steps or 500,
-            eval_strategy=((options.model_extra or {}).get("eval_strategy", "steps") or "no") if validated else "no",
-            eval_steps=options.eval_steps or EVAL_SHARE,
-            disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
-            **passed,
-            **own,
-        )
-    except (TypeError, ValueError) as error:
+        with _on(device):
+            arguments = kind(
+                output_dir=str(folder),
+                seed=seed,
+                data_seed=seed,
+                use_cpu=device.type == "cpu",
+                activation_checkpointing=options.gradient_checkpointing,  # its name from transformers 5.20 on
+                bf16=_use_bf16(options, device),
+                save_strategy="steps" if options.save_steps else "no",
+                save_steps=options.save_steps or 500,
+                eval_strategy=(extra.get("eval_strategy", "steps") or "no") if validated else "no",
+                eval_steps=options.eval_steps or EVAL_SHARE,
+                disable_tqdm=True if options.disable_tqdm is None else options.disable_tqdm,
+                **passed,
+                **own,
+            )
+            if _single_gpu(device):
+                assert arguments.device is not None  # asking sets both
+                arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
+    except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(
             "the trainer refuses these options", where="training", got=str(error).splitlines()[0]
         ) from None
+    if missing := sorted(set(arguments.report_to) - set(get_available_reporting_integrations())):
+        raise RecipeError(
+            "the package to report to is not installed",
+            where="training.report_to",
+            got=", ".join(missing),
+            fix=f"pip install {' '.join(missing)}, or report_to: none",
+        )
+    return arguments
+
+
+def _single_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" and world().size == 1
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Where accelerate looks for the device: transformers would take the first GPU and copy the model to all."""
+    name, before = "ACCELERATE_TORCH_DEVICE", torch.cuda.current_device() if _single_gpu(device) else None
+    if before is None:
+        yield
+        return
+    given = os.environ.get(name)
+    os.environ[name] = str(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_device(before)
+        os.environ.pop(name) if given is None else os.environ.update({name: given})
 
 
 class _Steps(TrainerCallback):  # type: ignore[misc]

@@ -17,6 +17,11 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     code, out, _ = corda("collect", path, "--json")
     assert code == 0
     assert json.loads(out)["distinct_inputs"] == 8
+    assert set(json.loads(out)["tokens"]) == {"keep", "held_out"}
+    assert (
+        json.loads(out)["tokens"]["keep"]
+        == json.loads(out)["kept"]["collect_again_tokens"] - json.loads(out)["tokens"]["held_out"]
+    )
     assert json.loads(out)["kept"]["bytes"] > 8 * 48 * 48 * 2
     assert json.loads(out)["kept"]["collect_again_tokens"] > 100
     code, out, _ = corda("plan", path, "--json")
@@ -36,10 +41,20 @@ def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path
     assert json.loads(out)["plan"]["mode"] == "kpm"
     code, out, _ = corda("run", path)
     assert "Held-out scores" in out
+    for verb in ("export", "eval"):
+        code, _, err = corda(verb, path, "--set", "training.max_steps=1")
+        assert (code, "trained with other settings" in err) == (2, True)
     assert "report.html" in out
     code, out, _ = corda("report", tmp_path / "run", "-o", tmp_path / "page.html")
     assert code == 0
     assert (tmp_path / "page.html").is_file()
+
+
+def test_run_says_what_its_stages_warn_of(corda, raw_recipe, write_recipe):
+    raw_recipe["context"] = {"samples": 1}
+    code, out, _ = corda("run", write_recipe(raw_recipe))
+    assert code == 0
+    assert out.count("few calibration tokens") == 1
 
 
 def test_a_plan_is_looked_at_edited_by_hand_and_used(corda, raw_recipe, write_recipe, pico, tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import os
 from functools import partial
 
 import pytest
+import torch
 from conftest import WORDS, write_jsonl
 from typer.testing import CliRunner
 
 from corda import artifact, models
 from corda.cli.app import app
+from corda.comparing import compare as comparing
 from corda.comparing.cell import _fingerprint, finished, recipe_inputs, result_path, run_cell
 from corda.comparing.compare import compare, gathered
 from corda.comparing.fairness import check
@@ -256,6 +258,38 @@ def test_every_method_trains_and_starts_from_the_base(tmp_path, name):
     assert result["status"] == "done"
     if "4bit" not in name:
         assert result["step0"] < 1e-5
+
+
+def test_a_cell_that_fails_is_listed_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    from corda.comparing import cell as cells_of
+
+    study = tiny(tmp_path, ["lora", "kpm"], learning_rates=[0.001, 0.03])
+    measured = cells_of._measured
+
+    def failing(stages, method, study):
+        if stages.recipe.adapter.mode == "kpm":
+            raise torch.OutOfMemoryError("out of memory")
+        return measured(stages, method, study)
+
+    monkeypatch.setattr(cells_of, "_measured", failing)
+    told: list[str] = []
+    found = compare(study, announce=told.append)
+    assert [run["status"] for run in found["runs"]] == ["done", "done", "unavailable", "unavailable"]
+    assert found["runs"][2]["reason"] == "OutOfMemoryError: out of memory"
+    assert "kpm-lr0.001-seed0 is unavailable: OutOfMemoryError: out of memory" in told
+    trace = study.output_dir / "cells" / "kpm-lr0.001-seed0" / "traceback.txt"
+    assert "raise torch.OutOfMemoryError" in trace.read_text(encoding="utf-8")
+
+
+def test_a_worker_sees_the_gpu_of_its_own_alone(monkeypatch):
+    monkeypatch.setattr(comparing, "end_with_parent", lambda: None)
+    for visible, device, expected in ((None, "cuda:1", "1"), ("4,6", "cuda:1", "6"), ("4,6", "cuda", "4,6")):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        comparing._begin(device, None)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_the_verb_checks_and_lists_cells_without_running(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -101,6 +103,25 @@ def test_checkpointing_is_as_asked_for_and_under_the_name_that_stays(tmp_path, c
     made = trainer_arguments(options, tmp_path, 0, torch.device("cpu"), validated=False)
     assert made.gradient_checkpointing is checkpointed
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
+
+
+def test_of_several_gpus_the_models_own_is_taken_and_it_alone(tmp_path, monkeypatch):
+    at = [0]
+    for name, what in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "current_device": lambda: at[0],
+        "set_device": lambda device: at.__setitem__(0, device if isinstance(device, int) else device.index),
+        "is_bf16_supported": lambda *a, **k: True,
+        "get_device_capability": lambda *a: (9, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, what)
+    device = torch.device("cuda:1")
+    made = trainer_arguments(TrainingOptions(per_device_train_batch_size=4), tmp_path, 0, device, validated=False)
+    assert (made.device, made.n_gpu, made.train_batch_size) == (device, 1, 4)
+    assert made.distributed_state.device == device  # accelerate's
+    assert at == [0]
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
 
 
 def test_tensorboard_through_report_to(adapted, tokenizer, rows, tmp_path, monkeypatch):

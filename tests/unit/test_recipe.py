@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from corda import training
 from corda.advice import advice
 from corda.errors import RecipeError
 from corda.inputs import Inputs
-from corda.reading import load_recipe, parse_recipe
+from corda.reading import load_recipe, parse_recipe, read_mapping
 from corda.recipe import Recipe
 
 
@@ -91,6 +92,48 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("- a\n")
     with pytest.raises(RecipeError, match="not a mapping"):
         load_recipe(broken)
+    broken.write_text("")
+    with pytest.raises(RecipeError, match=r"an empty file.*model:, data:"):
+        load_recipe(broken)
+    broken.write_text("adapter: {mode: kpm}\ndata: {}\nadapter: {rank: 4}\n")
+    with pytest.raises(RecipeError, match=r"'adapter' is there twice[\s\S]*line 3"):
+        load_recipe(broken)
+    with pytest.raises(RecipeError, match=r"cannot be read.*name the recipe, a YAML file"):
+        load_recipe(tmp_path)
+
+
+def test_blocks_that_are_merged_in_may_be_set_again(raw_recipe, tmp_path):
+    given = tmp_path / "recipe.yaml"
+    given.write_text("a: &a {rank: 4, mode: ipm}\nadapter: {<<: *a, mode: kpm}\n")
+    with pytest.raises(RecipeError, match="unknown key 'a'"):
+        load_recipe(given)
+    assert read_mapping(given, "recipe")["adapter"] == {"rank": 4, "mode": "kpm"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"packing": True}}, r"packing' is not offered"),
+        ({"training": {"assistant_only_loss": True}}, r"is not offered: the loss is always that of answers"),
+        ({"training": {"max_seq_length": 8}}, r"set by data\.max_length"),
+        ({"training": {"activation_checkpointing": True}}, r"set by training\.gradient_checkpointing"),
+        ({"model": "tiny"}, r"model: has keys of its own \(model_name_or_path"),
+        ({"data": {"test": "a"}}, r"'data\.test', did you mean 'evaluation\.tasks'"),
+        ({"data": {"learn": {"path": "a"}}}, r"did you mean 'dataset'"),
+    ],
+)
+def test_what_other_tools_call_it_is_sent_to_its_place(raw_recipe, change, message):
+    for block, values in change.items():
+        raw_recipe[block] = raw_recipe[block] | values if isinstance(values, dict) else values
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(raw_recipe)
+
+
+def test_a_reporter_that_is_not_installed_is_named_before_anything_runs(raw_recipe, monkeypatch):
+    monkeypatch.setattr(training, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    raw_recipe["training"]["report_to"] = "wandb"
+    with pytest.raises(RecipeError, match=r"training\.report_to.*pip install wandb"):
+        Inputs(parse_recipe(raw_recipe)).check()
 
 
 @pytest.mark.parametrize(

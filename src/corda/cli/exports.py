@@ -9,7 +9,7 @@ import typer
 
 from corda.cli.app import app
 from corda.cli.arguments import AsJson, Form, Layout, MaxRank, Output, Overrides, Rank, RecipeFile, Repository
-from corda.cli.output import opened, print_export, quiet, short
+from corda.cli.output import opened, print_export, quiet, refuse_other_training, short
 
 
 @app.command()
@@ -27,6 +27,7 @@ def export(
     """Write the adapter for other tools, and check it."""
     given = short(format=format_, rank=rank, layout=layout, max_rank=max_rank, output=output, push_to_hub=push_to_hub)
     with opened(recipe, [*(set_ or []), *given]) as stages:
+        refuse_other_training(stages)
         print_export(stages.exported(), as_json)
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from corda.errors import ArtifactError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -58,6 +60,27 @@ def opened(path: Path, overrides: list[str] | None) -> AbstractContextManager[St
     from corda.progress import shown
 
     return pipeline.opened(load(path, overrides), shown)
+
+
+def refuse_other_training(stages: Stages) -> None:
+    """For verbs after training: it may be done here, but not thrown away and done again with other settings.
+
+    Args:
+        stages: Of the recipe.
+
+    Raises:
+        ArtifactError: the adapter that was trained in the run's folder has other settings than the recipe.
+    """
+    from corda import artifact
+
+    folder = stages.folder / "train"
+    done = (folder / artifact.MANIFEST).is_file()
+    if done and artifact.reusable(folder, "train", stages.inputs.fingerprints["train"]) is None:
+        raise ArtifactError(
+            "the adapter here was trained with other settings or data than the recipe has now",
+            where=str(folder),
+            fix="give the settings that it was trained with; or `corda run RECIPE` to train again, in its place",
+        )
 
 
 def quiet() -> None:

@@ -10,7 +10,7 @@ import typer
 
 from corda.cli.app import app, note
 from corda.cli.arguments import AsJson, Overrides, RecipeFile
-from corda.cli.output import load, opened, print_table, print_value, quiet, show, warn
+from corda.cli.output import load, opened, print_table, print_value, quiet, refuse_other_training, show, warn
 from corda.errors import ArtifactError, CordaError
 from corda.progress import shown
 
@@ -44,6 +44,8 @@ def run(
         print_value(results, True)
         return
     print_table([results])
+    said = advice(parsed)
+    warn([one for one in results["warnings"] if one not in said])
     if results["export"]:
         typer.echo(f"Export:  {results['export']['path']}")
     typer.echo(f"Report:  {parsed.output_dir / 'report.html'}")
@@ -62,10 +64,14 @@ def collect(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False)
 
         folder = stages.folder / "context"
         kept = inspecting.kept(artifact.read(folder, "context", verify=False))
+        first = next(iter(stages.recipe.context_sources()))
+        sides = {first: context} | {side: context.side(side) for side in dict.fromkeys(context.sides)}
         summary = {
             "layers": len(context.layers),
             "distinct_inputs": len(context.members()),
-            "tokens": max(context.tokens.values()),
+            "tokens": {
+                side: max(one.token_count(spec.name, None) for spec in one.layers) for side, one in sides.items()
+            },
             "warnings": list(context.warnings),
             "kept": kept if as_json else kept_sentence(kept),
             "folder": str(folder),
@@ -132,6 +138,7 @@ def evaluate(
     if harness is not None:
         require()
     with opened(recipe, set_) as stages:
+        refuse_other_training(stages)
         if harness is None:
             both = (("before", stages.before()), ("after", stages.after()))
             sides = {side: {name: s.as_json() for name, s in scores.values.items()} for side, scores in both}

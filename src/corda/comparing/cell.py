@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -87,8 +89,8 @@ def run_cell(
         progress: Shows how far it is.
 
     Returns:
-        The results; where the method cannot be had here or trains another number of parameters, their `status` is
-        "unavailable", with the reason.
+        The results; where the method cannot be had here, fails or trains another number of parameters, their `status`
+        is "unavailable", with the reason.
     """
     inputs = recipe_inputs(study, cell, device)
     method = method_of(study, cell)
@@ -115,6 +117,13 @@ def run_cell(
                 _empty(stages.folder)
     except (CordaError, ImportError, NotImplementedError) as error:
         result = head | {"status": "unavailable", "reason": str(error), "scores": {}}
+    except Exception as error:  # out of memory, what a library refuses: the other cells go on
+        artifact.make_folder(inputs.recipe.output_dir)
+        (inputs.recipe.output_dir / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        result = head | {"status": "unavailable", "reason": f"{type(error).__name__}: {error}", "scores": {}}
+    if result["status"] == "unavailable":
+        gc.collect()
+        torch.cuda.empty_cache()
     result["provenance"] = artifact.provenance()
     artifact.make_folder(result_path(study, cell).parent)
     artifact.write_json(result_path(study, cell), finite(result))

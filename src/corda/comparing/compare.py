@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from multiprocessing import connection
 from typing import Any
 
@@ -55,13 +56,20 @@ def compare(
 
     reference = facts["trainable_parameters"]
     todo = cells(study)
-    results = dict(_run(study, todo, reference, in_time, progress, announce, prepare))
+
+    def run(some: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        for cell, result in _run(study, some, reference, in_time, progress, announce, prepare):
+            if result["status"] == "unavailable":
+                announce(f"{cell.id} is unavailable: {result['reason']}")
+            yield cell, result
+
+    results = dict(run(todo))
     for _ in range(study.extensions):
         more = _extensions(study, results)
         if not more or not in_time():
             break
         todo += more
-        results |= dict(_run(study, more, reference, in_time, progress, announce, prepare))
+        results |= dict(run(more))
     return write(study, todo, results, facts)
 
 
@@ -149,29 +157,41 @@ def _side_by_side(
     announce: Callable[[str], None],
     prepare: Callable[[], None] | None,
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """One process a device; each takes the next cell when it is free."""
-    free, waiting = list(study.devices), enumerate(todo, 1)
-    running: dict[Future[dict[str, Any]], tuple[Cell, str]] = {}
+    """One process a device, which sees no other GPU; each takes the next cell when it is free."""
+    waiting = enumerate(todo, 1)
+    running: dict[Future[dict[str, Any]], tuple[Cell, ProcessPoolExecutor]] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(free), mp_context=context, initializer=_begin, initargs=(prepare,)) as pool:
+    with ExitStack() as stack:
+        pools = {
+            stack.enter_context(
+                ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(device, prepare))
+            ): device
+            for device in study.devices
+        }
+        free = list(pools)
         while True:
             while free and in_time() and (numbered := next(waiting, None)) is not None:
-                (number, cell), device = numbered, free.pop()
-                announce(f"[{number}/{len(todo)}] {cell.id} on {device}")
-                running[pool.submit(_in_process, study, cell, device, reference)] = (cell, device)
+                (number, cell), pool = numbered, free.pop()
+                announce(f"[{number}/{len(todo)}] {cell.id} on {pools[pool]}")
+                device = pools[pool].partition(":")[0]
+                running[pool.submit(run_cell, study, cell, device=device, reference=reference)] = (cell, pool)
             if not running:
                 if left := len(list(waiting)):
                     announce(f"out of time: {left} cells stay empty")
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                cell, device = running.pop(future)
-                free.append(device)
+                cell, pool = running.pop(future)
+                free.append(pool)
                 yield cell, future.result()
 
 
-def _begin(prepare: Callable[[], None] | None) -> None:
+def _begin(device: str, prepare: Callable[[], None] | None) -> None:
     end_with_parent()
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and number:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
     if prepare is not None:
         prepare()
 
@@ -186,10 +206,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_process(study: Study, cell: Cell, device: str, reference: int) -> dict[str, Any]:
-    return run_cell(study, cell, device=device, reference=reference)
 
 
 def _extensions(study: Study, results: dict[Cell, dict[str, Any]]) -> list[Cell]:

@@ -94,7 +94,12 @@ def load_tasks(
         if options.shots:
             origin = options.shots_from or (recipe.data.keep if options.measures == "keep" else recipe.data.learn)
             if origin is None:
-                raise DataError("shots are asked for, but there is no data to take them from", where=name)
+                raise DataError(
+                    "shots are asked for, but there is no data to take them from",
+                    where=f"evaluation.tasks.{name}.shots",
+                    got=options.shots,
+                    fix="name some in shots_from, or set shots: 0",
+                )
             shots = read(origin)[: options.shots]
         tasks.append(Task(name, options, tuple(read(options.dataset)), tuple(shots)))
         (check or check_metrics)(tasks[-1])
