@@ -54,8 +54,72 @@ def test_chat_template_and_several_turns(tokenizer):
     segments = render(chat, tokenizer, "plain")
     assert [s.text for s in segments if s.response] == ["b</s>", "d</s>"]
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError, match=r"no chat template.*begins 'a'.*prompts and completions"):
         render(chat, tokenizer, "plain")
+
+
+# Qwen3's in short: the last answer alone begins with an empty thought, which the generation prompt has not.
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == "assistant" and loop.last %}<think>
+
+</think>
+
+{% endif %}{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# R1-Distill's: a thought is opened by the generation prompt, and answers are shown without one.
+OPENS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
+    "{{ m.content.split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
+)
+
+
+def conversation(*turns):
+    roles = ("user", "assistant") * len(turns)
+    return to_records([{"messages": [{"role": r, "content": c} for r, c in zip(roles, turns, strict=False)]}])[0]
+
+
+def test_what_a_template_puts_before_an_answer_is_prompt(tokenizer):
+    tokenizer.chat_template = THINKS
+    (record,) = to_records([FORMS["qa"]])
+    asked, said = render(record, tokenizer, "chat")
+    assert asked.text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert (asked.response, said.response) == (False, True)
+    assert said.text == "Me<|im_end|>\n"
+    assert render(record, tokenizer, "chat", end=False)[1].text == "Me"
+    thought = conversation("a", "<think>\nso\n</think>\n\nb")
+    assert render(thought, tokenizer, "chat")[1].text.startswith("<think>\nso")
+
+
+def test_a_template_may_render_earlier_turns_in_another_way(tokenizer):
+    tokenizer.chat_template = THINKS
+    several = conversation("a", " b ", "c", "d")
+    segments = render(several, tokenizer, "chat")
+    assert "".join(s.text for s in segments) == tokenizer.apply_chat_template(
+        [{"role": r, "content": c} for r, c in several.turns], tokenize=False
+    )
+    assert [s.text for s in segments if s.response] == ["b<|im_end|>\n", "d<|im_end|>\n"]
+    assert segments[2].text.endswith("c<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert [s.text for s in render(several, tokenizer, "chat", end=False) if s.response] == ["b", "d"]
+    tokenizer.chat_template = OPENS
+    asked, said = render(conversation("a", "b"), tokenizer, "chat")
+    assert (asked.text, said.text) == ("<|User|>a<|Assistant|>", "b</s>")
+    with pytest.raises(DataError, match=r"changes earlier turns.*begins 'a'"):
+        render(conversation("a", "x</think>b"), tokenizer, "chat")
+
+
+def test_what_a_template_refuses_is_said_with_the_conversation(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"turns: user.*begins 'a'.*roles must alternate"):
+        render(conversation("a", "b"), tokenizer, "chat")
+
+
+def test_prompts_are_the_same_on_any_day(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert render(conversation("a", "b"), tokenizer, "chat")[0].text.startswith("26 Jul 2024<a>")
+    tokenizer.chat_template = tokenizer.chat_template.replace("%d %b %Y", "%Y-%m-%d")
+    assert render(conversation("a", "b"), tokenizer, "chat")[0].text.startswith("2024-07-26<a>")
 
 
 def test_shots_precede_and_do_not_count(tokenizer):

@@ -87,7 +87,7 @@ def judged(record: Record, text: str, after: str | None) -> Answer:
     """
     said = _final(text, after)
     right = any(_same(_final(answer, after), said) for answer in record.answers)
-    asked = record.turns[0][1] if record.turns else record.prompt
+    asked = next((text for role, text in reversed(record.turns) if role == "user"), record.prompt)
     return Answer(asked, record.answers, text, right)
 
 
