@@ -182,6 +182,24 @@ def learned_positions(model: nn.Module) -> int | None:
     return min(places, default=None)
 
 
+def carrying(model: nn.Module) -> str | None:
+    """A layer that carries a state along the whole row, so that records side by side in it are not kept apart.
+
+    Convolutions over the sequence, as they are in front of state spaces and linear attention, and RWKV.
+
+    Args:
+        model: Of text; the towers of a model with images are not looked at.
+
+    Returns:
+        Its name; None where attention alone mixes tokens.
+    """
+    for name, module in model.named_modules():
+        inside = "vision" not in name and "visual" not in name and "audio" not in name
+        if inside and (isinstance(module, nn.Conv1d) or "Rwkv" in type(module).__name__):
+            return name or type(module).__name__
+    return None
+
+
 def embeddings_of(model: Any) -> list[nn.Module]:
     """The embedding of tokens and the output head, where a model has them and says so."""
     found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ from corda.bases import Bases
 from corda.data.batches import encode_segments, pad_id
 from corda.data.formats import to_records
 from corda.data.rendering import Segment
-from corda.errors import ArtifactError, DataError, ModelError
+from corda.errors import ArtifactError, CordaError, DataError, ModelError
 from corda.evaluation.generation import end_tokens, prompt
 from corda.forms import TRAINED
 from corda.inputs import Inputs
@@ -86,7 +86,7 @@ def open_pair(recipe: Recipe, form: str | None = None, folder: Path | None = Non
         raise ModelError(
             "chat has no way to show an image", where=recipe.model.model_name_or_path, fix="measure with corda eval"
         )
-    chosen = _form(recipe, tokenizer, form)
+    chosen = _form(bases.inputs, form)
     four_bit = bases.inputs.quantisation is not None
     held = recipe.adapter.form(four_bit)
     weights = bases.for_context()[1] if four_bit and held == "residual" else None
@@ -179,8 +179,19 @@ class _Spoken:
             self.say(piece)
 
 
-def _form(recipe: Recipe, tokenizer: Any, form: str | None) -> Form:
-    talks = recipe.data.learn is not None and recipe.data.learn.format in {"messages", "sharegpt"}
+def _talks(inputs: Inputs) -> bool:
+    """Whether the run was trained on conversations, as far as can be told: its data files may be gone."""
+    learn = inputs.recipe.data.learn
+    if learn is None or learn.format != "auto":
+        return learn is not None and learn.format in {"messages", "sharegpt"}
+    with suppress(CordaError):
+        return inputs.learn_records[0].always_chat
+    return False
+
+
+def _form(inputs: Inputs, form: str | None) -> Form:
+    recipe, tokenizer = inputs.recipe, inputs.tokenizer
+    talks = form is None and _talks(inputs)
     chosen = form or ("chat" if talks else recipe.data.template)
     known: dict[str, Form] = {name: name for name in get_args(Form)}
     if chosen not in known:

@@ -116,13 +116,14 @@ def gathered_around(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[N
 
 
 def whole_adapters(model: nn.Module) -> dict[str, Tensor] | None:
-    """A sharded model's LoRA weights by name, of their full shape, on the CPU; None for any other model.
+    """A sharded model's LoRA weights, and heads trained whole, by name, of full shape, on the CPU; else None.
 
     All processes have to call this together; the base's weights are not gathered.
     """
     if not is_sharded(model):
         return None
-    return {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    own = [(name, p) for name, p in model.named_parameters() if ".lora_" in name or ".modules_to_save." in name]
+    return {name: whole(p.detach()).cpu() for name, p in own}
 
 
 def refuse_zero3(training: Mapping[str, Any]) -> None:

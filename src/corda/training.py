@@ -391,4 +391,4 @@ def _use_bf16(options: TrainingOptions, device: torch.device) -> bool:
         return options.bf16
     if (options.model_extra or {}).get("fp16"):
         return False
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -8,9 +8,12 @@ import sys
 
 import pytest
 import torch
+from conftest import write_jsonl
 
+from corda import chatting
 from corda.chatting import _Spoken, open_pair, recipe_of, reply
 from corda.evaluation.generation import generate
+from corda.inputs import Inputs
 from corda.reading import parse_recipe
 
 
@@ -52,6 +55,20 @@ def test_text_streams_and_needs_no_data(corda, trained, monkeypatch, data):
     pieces: list[str] = []
     pair = open_pair(recipe_of(trained), "raw")
     assert reply(pair, "tuned", [("user", "The colour of")], 12, pieces.append) == "".join(pieces)
+
+
+def test_a_run_of_conversations_is_talked_to_in_the_form_it_was_trained_in(raw_recipe, tmp_path):
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}]
+    learn = tmp_path / "talks.jsonl"
+    write_jsonl(learn, [{"messages": turns}] * 4)
+    inputs = Inputs(parse_recipe(raw_recipe))
+    assert chatting._form(inputs, None) == "plain"
+    raw_recipe["data"]["learn"] = str(learn)
+    inputs = Inputs(parse_recipe(raw_recipe))
+    assert chatting._form(inputs, None) == "chat"
+    assert chatting._form(inputs, "raw") == "raw"
+    learn.unlink()
+    assert chatting._form(Inputs(parse_recipe(raw_recipe)), None) == "plain"  # it cannot be told any more
 
 
 def test_pieces_are_whole_characters_and_end_before_a_stop(tokenizer):

@@ -157,6 +157,8 @@ def test_malformed_lines_are_named(tmp_path):
     path.write_bytes(b'{"question": "\xff\xfe"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
         read_records(source(path))
+    with pytest.raises(DataError, match=r"is a folder.*Got: .*name one of its files"):
+        read_records(source(tmp_path))
     with pytest.raises(DataError, match="does not exist"):
         read_records(source(tmp_path / "none.jsonl"))
 
@@ -237,11 +239,14 @@ def test_keys_keep_what_arithmetic_needs(one, other, same):
         ({"conversations": [{"from": "tool", "value": "3"}]}, "a turn is from 'tool', expected one of human, gpt"),
         ({"question": "How many?", "answer": []}, "answer is an empty list"),
         ({"question": "How many?", "answer": None}, "no record has an answer.*answer is None"),
+        ({"context": "A", "choices": ["b", "c"], "label": "C"}, r"label is 'C', expected one of A, B"),
+        ({"context": "A", "choices": ["b", "c"], "label": 2}, "label is 2, expected one of 0, 1"),
         (
-            {"context": "A", "choices": ["b", "c"], "label": "B"},
-            r"label is 'B', expected the number of a choice, 0 to 1",
+            {"context": "A", "choices": {"text": ["b", "c"], "label": ["1", "2"]}, "label": "0"},
+            "label is '0', expected one of 1, 2",
         ),
-        ({"context": "A", "choices": ["b", "c"], "label": 2}, "label is 2, expected the number"),
+        ({"question": "Which?", "choices": ["b", "c"], "answer": 1}, r"context: question, label: answer"),
+        ({"text": " "}, "all texts are blank"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said_in_its_own_terms(record, message):
@@ -249,6 +254,28 @@ def test_what_is_wrong_with_a_record_is_said_in_its_own_terms(record, message):
         to_records([record])
     assert "Error:" not in str(caught.value)
     assert "To fix" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("choices", "label"),
+    [(["b", "c"], "B"), ({"text": ["b", "c"], "label": ["A", "B"]}, "B"), ({"text": ["b", "c"], "label": [1, 2]}, "2")],
+)
+def test_choices_come_with_letters_and_names_as_in_arc(choices, label):
+    raw = {"question": "Which?", "choices": choices, "answerKey": label}
+    (record,) = to_records([raw], "choice", {"context": "question", "label": "answerKey"})
+    assert (record.choices, record.label) == (("b", "c"), 1)
+
+
+def test_a_passage_to_read_is_in_the_prompt():
+    raw = {"context": "It rained.", "question": "Was it dry?", "answers": {"text": ["No"], "answer_start": [0]}}
+    (record,) = to_records([raw], columns={"answer": "answers"})
+    assert record.prompt == "It rained.\n\nQuestion: Was it dry?\nAnswer:"
+    assert record.turns == (("user", "It rained.\n\nWas it dry?"), ("assistant", "No"))
+
+
+def test_blank_lines_of_running_text_are_no_records():
+    records = to_records([{"text": ""}, {"text": " = A heading = \n"}, {"text": "\n"}])
+    assert [record.response for record in records] == [" = A heading = \n"]
 
 
 def test_numbers_are_taken_as_text():

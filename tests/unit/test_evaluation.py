@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from corda.data.batches import encode, load_records
+from corda.data.batches import Encoded, encode, load_records
 from corda.data.formats import to_records
 from corda.errors import DataError
-from corda.evaluation import generation
-from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap
+from corda.evaluation import generation, likelihood
+from corda.evaluation.evaluate import evaluate, load_tasks, refuse_overlap, refuse_shared
 from corda.evaluation.generation import exact_match, generate, judged, normalise
 from corda.evaluation.likelihood import answer_loss, choice_accuracy, perplexity, token_losses
 from corda.evaluation.scores import change, mean, ratio
@@ -84,6 +85,29 @@ def test_perplexity_of_a_uniform_model(model, tokenizer):
     score = perplexity(model, tokenizer, records, 0, 4, window=50)
     assert score.value == pytest.approx(259, rel=1e-4)
     assert score.n == math.ceil((8 * 40 + 4) / 50)
+
+
+def test_every_window_begins_with_the_mark_that_the_tokenizer_puts_before_a_text(model, tokenizer, monkeypatch):
+    (record,) = to_records([{"text": "abcdef" * 20}])
+    seen: list[Encoded] = []
+    monkeypatch.setattr(likelihood, "answer_loss", lambda _m, rows, *_: seen.extend(rows) or mean([1.0]))
+    perplexity(model, tokenizer, [record], 0, 4, window=50)
+    assert [len(row) for row in seen] == [50, 50, 20]
+    seen.clear()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    perplexity(model, tokenizer, [record], 0, 4, window=50)
+    assert [(row.ids[0], len(row), sum(row.response)) for row in seen] == [(1, 50, 49), (1, 50, 49), (1, 23, 22)]
+    told = [token for row in seen for token in row.ids[1:]]
+    assert told == tokenizer("abcdef" * 20, add_special_tokens=False)["input_ids"]
+
+
+def test_headings_may_be_in_several_parts_of_a_running_text():
+    heading, told = (
+        to_records([{"text": text}])[0] for text in ("= = Reception = =", "It was told that day by day " * 3)
+    )
+    refuse_shared("here", [heading], {"there": [heading, told]})
+    with pytest.raises(DataError, match="1 of 2 evaluation records"):
+        refuse_shared("here", [heading, told], {"there": [heading, told]})
 
 
 class Rigged(torch.nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corda.architectures import carrying
 from corda.data.batches import Batch, Encoded
 from corda.errors import CalibrationError
 
@@ -62,8 +63,25 @@ def encoder_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def feeder(model: nn.Module) -> Callable[[Batch], dict[str, Any]]:
-    """What makes the keyword arguments of a model's body of a batch."""
-    return model_inputs if is_causal(model) else encoder_inputs
+    """What makes the keyword arguments of a model's body of a batch.
+
+    It raises CalibrationError for rows of several records where the model cannot keep them apart.
+    """
+    if not is_causal(model):
+        return encoder_inputs
+    layer = carrying(model)
+
+    def one_by_one(batch: Batch) -> dict[str, Any]:
+        if batch.packed:
+            raise CalibrationError(
+                "the records of one window are not kept apart by a layer that carries a state along it",
+                where="context.pack_to",
+                got=layer,
+                fix="leave context.pack_to out",
+            )
+        return model_inputs(batch)
+
+    return model_inputs if layer is None else one_by_one
 
 
 def fed_as_two(encoded: Sequence[Encoded], start: int) -> list[dict[str, Tensor]]:

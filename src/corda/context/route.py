@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from corda.context.blocks import find_blocks
+from corda.context.blocks import block_arguments, find_blocks, run_block
+from corda.context.feeding import is_causal
 from corda.context.vision import embedded
 from corda.data.batches import Batch
 from corda.distributed import Processes
+from corda.sharding import is_spread
 from corda.targets import LayerSpec
+
+_TRIED = 16  # tokens
+_TOLERANCE = 0.02  # relative; rounding to 16 bits is far below, a scale or a convolution far above
 
 
 def body_of(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> nn.Module:
@@ -46,6 +53,54 @@ class Route:
     why: str = ""
 
 
+def _handed_on(
+    model: PreTrainedModel,
+    body: nn.Module,
+    blocks: Sequence[nn.Module],
+    rounds: Sequence[Sequence[Batch]],
+    device: torch.device,
+) -> bool:
+    """Whether each block takes what the one before it returned, tried on a few tokens against the body as a whole.
+
+    Some bodies convolve or scale between blocks, or hand keys and values on beside the hidden states. Weights that are
+    not here, or spread, are not brought in for this: such a model is taken to be like most.
+    """
+    batch = next((part for parts in rounds for part in parts), None)
+    if batch is None or is_spread(model) or any(p.is_meta for p in body.parameters()):
+        return True
+    ids = batch.input_ids[:1, batch.attention_mask[0].bool()][:, :_TRIED].to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (
+        {"use_cache": False} if is_causal(model) else {}
+    )
+    entered: dict[int, Tensor] = {}
+    wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
+    with torch.no_grad(), ExitStack() as stack:
+        for index, block in enumerate(blocks):
+
+            def note(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                entered.setdefault(index, (args[0] if args else kwargs["hidden_states"]).detach())
+
+            stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
+        body(**inputs)
+    if set(entered) != set(range(len(blocks))):
+        return False
+    states = entered[0]
+    try:
+        for index, block in enumerate(blocks):
+            if not _close(states, entered[index]):
+                return False
+            _, args, kwargs = block_arguments(body, blocks, index, inputs, wrap)
+            states, wrap = run_block(block, states, args, kwargs)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError):  # it lacks what it takes
+        return False
+    return True
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    difference = (one.double() - two.double()).norm() if one.shape == two.shape else torch.inf
+    return bool(difference <= _TOLERANCE * two.double().norm())
+
+
 def find_route(
     model: PreTrainedModel,
     layers: Sequence[LayerSpec],
@@ -70,7 +125,11 @@ def find_route(
         inside = "the blocks of the language model" if images else "one list of blocks"
         return Route(None, rounds, body_of(model, layers), f"the targets do not all lie in {inside}")
     if not images:
-        return Route(blocks, rounds, body)
+        known = _handed_on(model, body, [block for _, block in blocks], rounds, device)
+        if all(processes.hear(known)):
+            return Route(blocks, rounds, body)
+        why = "what a block returns is not what the next one takes"
+        return Route(None, rounds, body_of(model, layers), why)
     entering = [embedded(model, parts, device) for parts in rounds]
     ready = [parts for parts in entering if parts is not None]
     if all(processes.hear(len(ready) == len(rounds))):

@@ -143,7 +143,7 @@ def encode_segments(
     """
     if takes_images(tokenizer):
         inner = tokenizer_of(tokenizer)
-        if segments and _adds_bos(inner) and not segments[0].text.startswith(str(inner.bos_token)):
+        if segments and adds_bos(inner) and not segments[0].text.startswith(str(inner.bos_token)):
             segments = [Segment(f"{inner.bos_token}{segments[0].text}", segments[0].response), *segments[1:]]
         visual = images.Visual(tokenizer, tuple(segments), tuple(shown), max_length)
         found = images.tokens(visual)
@@ -153,7 +153,7 @@ def encode_segments(
     for index, segment in enumerate(segments):
         special = index == 0 and not segment.text.startswith(tokenizer.bos_token or "\0")
         pieces = _pieces(segment.text, tokenizer, behind=bool(ids))
-        if special and _adds_bos(tokenizer):
+        if special and adds_bos(tokenizer):
             ids.append(int(tokenizer.bos_token_id))
             response.append(False)
         ids += pieces
@@ -359,7 +359,8 @@ def padded(
     return Batch(ids, mask, positions, counts, any(len(row.starts) > 1 for row in rows), more, bool(seen))
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer begins any text with its mark for that."""
     if tokenizer.bos_token_id is None:
         return False
     probe = tokenizer("a")["input_ids"]

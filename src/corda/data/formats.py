@@ -116,6 +116,8 @@ def to_records(
             one, images = _CONVERTERS[format](record), pictures.given(record, folder)
             changed = pictures.placed(one.prompt, one.response, one.turns, one.is_text, images) if images else {}
             records.append(replace(one, **changed))
+        except _BlankError:
+            continue
         except _NoAnswerError as error:
             unanswered.append((number, str(error)))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -127,6 +129,8 @@ def to_records(
             ) from None
     if unanswered:
         _without(unanswered, len(mapped), where)
+    if not records:
+        raise DataError("all texts are blank", where=where, fix="check that the right column is mapped")
     return records
 
 
@@ -165,6 +169,8 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, 
 
 def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, known: Sequence[str]) -> str:
     for name in known:
+        if name == "qa" and "choices" in record:
+            continue  # its answer is the number or letter of a choice
         if all(record.get(f) is not None or (f in _ANSWERS and f in record) for f in _FIELDS[name]):
             return name
     inverse = {name: column for name, column in columns.items()}
@@ -174,15 +180,23 @@ def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, k
 def _no_format(record: Mapping[str, Any], where: str, wanted: str, known: Sequence[str]) -> DataError:
     formats = "; ".join(f"{name} ({', '.join((*_ALSO.get(name, ()), *_FIELDS[name]))})" for name in known)
     first, *others = (*_ALSO.get(known[0], ()), *_FIELDS[known[0]]) if len(known) == 1 else _FIELDS["qa"]
-    mapped = f"{first}: your_column, {others[-1]}: your_other_column"
+    columns = {first: "your_column", others[-1]: "your_other_column"}
+    if "choices" in record and "choice" in known:
+        asked = "question" if "question" in record else "your_column"
+        columns = {"context": asked, "label": next((n for n in ("answerKey", "answer") if n in record), "your_column")}
+    mapped = ", ".join(f"{name}: {column}" for name, column in columns.items())
     return DataError(
         "the records fit no format",
         where=where,
         got=f"fields {', '.join(record)}",
         expected=f"{wanted}; known are {formats}",
         fix=f"map the fields: `columns: {{{mapped}}}` beside `dataset:` in the recipe, or on the command line "
-        f"--set data.learn.columns.{first}=your_column --set data.learn.columns.{others[-1]}=your_other_column",
+        + " ".join(f"--set data.learn.columns.{name}={column}" for name, column in columns.items()),
     )
+
+
+class _BlankError(ValueError):
+    """A line of running text without any, as there is between paragraphs."""
 
 
 class _NoAnswerError(ValueError):
@@ -215,8 +229,10 @@ def _qa(record: Mapping[str, Any]) -> Record:
         if not given:
             raise _NoAnswerError("answer is an empty list")
     answers = tuple(_answer(one, "answer").strip() for one in (given if isinstance(given, list) else [given]))
-    turns = (("user", question), ("assistant", answers[0]))
-    return Record(f"Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
+    passage = record.get("context")  # SQuAD's
+    read = f"{passage.strip()}\n\n" if isinstance(passage, str) and passage.strip() else ""
+    turns = (("user", f"{read}{question}"), ("assistant", answers[0]))
+    return Record(f"{read}Question: {question}\nAnswer:", f" {answers[0]}", turns, answers)
 
 
 def _alpaca(record: Mapping[str, Any]) -> Record:
@@ -266,17 +282,25 @@ def _conversation(given: Sequence[tuple[str, Any]]) -> Record:
 
 
 def _running_text(record: Mapping[str, Any]) -> Record:
+    if isinstance(record["text"], str) and not record["text"].strip():
+        raise _BlankError
     return Record("", _text(record["text"], "text"), is_text=True)
 
 
 def _choice(record: Mapping[str, Any]) -> Record:
-    choices = tuple(_text(c, "choice") for c in record["choices"])
-    given = str(record["label"]).strip().removesuffix(".0")
+    given, names = record["choices"], None
+    if isinstance(given, Mapping):  # ARC and OpenBookQA: {"text": [...], "label": ["A", ...]}
+        given, names = given["text"], [str(name) for name in given["label"]]
+    choices = tuple(_text(c, "choice") for c in given)
+    label = str(record["label"]).strip().removesuffix(".0")
     context = _text(record["context"], "context")
-    if not given.isdecimal() or int(given) >= len(choices):
-        raise ValueError(f"label is {record['label']!r}, expected the number of a choice, 0 to {len(choices) - 1}")
-    label = int(given)
-    return Record(context, f" {choices[label]}", choices=choices, label=label, answers=(choices[label],))
+    if names is None and not label.isdecimal():
+        names = [chr(ord("A") + index) for index in range(len(choices))]
+    known = names or [str(index) for index in range(len(choices))]
+    at = known.index(label) if label in known else int(label) if names is None and label.isdecimal() else len(choices)
+    if at >= len(choices):
+        raise ValueError(f"label is {record['label']!r}, expected one of {', '.join(known)}")
+    return Record(context, f" {choices[at]}", choices=choices, label=at, answers=(choices[at],))
 
 
 def _classification(record: Mapping[str, Any]) -> Record:

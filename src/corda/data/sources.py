@@ -26,13 +26,22 @@ def local_file(source: DataSource, data_dir: Path | None) -> Path | None:
         data_dir: Folder that relative files are looked up in first.
 
     Raises:
-        DataError: it looks like a file but does not exist.
+        DataError: it looks like a file but does not exist, or is a folder.
     """
     path = Path(source.dataset).expanduser()
     candidates = [path] if path.is_absolute() or data_dir is None else [data_dir / path, path]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+        if candidate.is_dir():
+            inside = sorted(p.name for p in candidate.iterdir() if p.suffix in _FILES)
+            raise DataError(
+                "the data set is a folder",
+                where=str(candidate),
+                got=", ".join(inside[:5]) or "no data file in it",
+                expected=f"a file: {', '.join(_FILES)}",
+                fix="name one of its files, or write the data set there as one: Dataset.to_parquet",
+            )
     if path.suffix in {*_FILES, ".txt"} or path.is_absolute() or source.dataset.startswith("."):
         raise DataError(
             "the data file does not exist",

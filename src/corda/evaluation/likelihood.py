@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corda.data.batches import Encoded, batches, encode_segments
+from corda.data.batches import Encoded, adds_bos, batches, encode_segments
 from corda.data.formats import Record
 from corda.data.rendering import Segment
 from corda.evaluation.scores import Score, mean, ratio
+from corda.processing import tokenizer_of
 from corda.progress import Progress, silent
 from corda.sharding import device_of
 
@@ -91,7 +92,8 @@ def perplexity(
 ) -> Score:
     """exp of the mean loss per token of the joined texts, cut into windows; n is the number of windows.
 
-    Each window's first token has no context and does not count. The standard error is that of the loss, times the
+    Each window's first token does not count: it has no context, or is the mark that the tokenizer begins any text with,
+    which then begins every window. The standard error is that of the loss, times the
     perplexity.
 
     Args:
@@ -105,7 +107,11 @@ def perplexity(
     """
     text = "".join(record.response for record in records)
     ids = encode_segments([Segment(text, True)], tokenizer).ids
-    windows = [ids[i : i + window] for i in range(0, len(ids), window)]
+    first = (
+        ids[:1] if adds_bos(tokenizer_of(tokenizer)) else ()
+    )  # models that were trained with it need it in front of any text
+    body, room = ids[len(first) :], window - len(first)
+    windows = [(*first, *body[i : i + room]) for i in range(0, len(body), room)]
     encoded = [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows if len(w) > 1]
     loss = answer_loss(model, encoded, pad_token_id, batch_size, progress)
     value = math.exp(loss.value)

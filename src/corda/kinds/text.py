@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from corda import models, training
-from corda.architectures import learned_positions
+from corda.architectures import carrying, learned_positions
 from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded, puts_blanks
 from corda.data.formats import TEXTS, Record
 from corda.data.rendering import render
@@ -112,6 +112,13 @@ class Text(Kind):
                 where="context.pack_to",
                 got=r.context.pack_to,
                 expected=f"at most {self.positions}",
+            )
+        if r.context.pack_to is not None and (layer := carrying(models.skeleton(self.source, self.model))) is not None:
+            raise RecipeError(
+                "the records of one window are not kept apart by a layer that carries a state along it",
+                where="context.pack_to",
+                got=layer,
+                fix="leave context.pack_to out",
             )
         training.trainer_arguments(
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
