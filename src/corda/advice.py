@@ -51,6 +51,20 @@ def advice(recipe: Recipe) -> list[str]:
         )
     if collected and context.rounds == 1 and context.selection != "first":
         notes.append(f"context.selection {context.selection} has one round to choose from: set context.rounds, e.g. 5")
+    if adapter.mode == "contrast" and "learning_rate" not in training.model_fields_set:
+        notes.append(
+            f"training.learning_rate is not set, and the default {training.learning_rate:g} hardly moves a small model "
+            "in mode contrast: begin with 1e-3, with 3e-4 from some 3 B parameters on"
+        )
+    if recipe.data.keep is not None and recipe.data.keep == recipe.data.learn:
+        notes.append(
+            "data.keep and data.learn are the same records: what is to be kept is not told from what is learnt"
+        )
+    if not recipe.evaluation.tasks:
+        notes.append(
+            "evaluation.tasks is empty: nothing is measured before and after training; name held-out records of the "
+            "task and of what is to be kept"
+        )
     notes += [
         f"evaluation.tasks.{name}.answer_after is never reached in an answer of several lines: `stop` ends it with the "
         "first one"

@@ -200,7 +200,9 @@ class Inputs:
         frozen = corrected(adapter, four_bit) == "frozen"
         carries = frozen and (exported == "residual" or (exported == "lora" and adapter.form(four_bit) == "intact"))
         more = (adapter.correction_rank or adapter.rank) if carries else 0
-        refuse_rank({name: rank * (2 if doubled else 1) + more for name, rank in ranks.items()}, options)
+        refuse_rank(
+            {name: rank * (2 if doubled else 1) + more for name, rank in ranks.items()}, options, doubled=doubled
+        )
         if options.push_to_hub is not None:
             refuse_without_token(options.push_to_hub)
 

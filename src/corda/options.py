@@ -78,7 +78,9 @@ class ExportOptions(Strict):
         "merged: full weights; none",
     )
     rank: PositiveInt | None = Field(
-        None, description="lora: best approximation of this rank per layer; default: exact, twice the adapter's rank"
+        None,
+        description="lora: best approximation of this rank per layer; default: exact, in kpm, ipm and dual twice the "
+        "adapter's rank",
     )
     layout: Layout = Field(
         "patterns", description="patterns: a rank per layer, for PEFT; uniform: one rank and alpha, for servers"

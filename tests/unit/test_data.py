@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from corda.data.batches import calibration_rounds, encode, load_records
+from corda.data.batches import Encoded, calibration_rounds, encode, load_records
 from corda.data.formats import to_records
 from corda.data.rendering import render
 from corda.data.sources import read_records
@@ -191,6 +191,21 @@ def test_calibration_budgets(data, tokenizer):
     assert len(windows) == 3
     assert all(len(w) <= 100 for w in windows)
     assert [len(w.starts) for w in windows] == [2, 2, 2]
+
+
+def test_a_round_ends_where_an_image_does_not_fit_into_the_tokens_that_are_left(tokenizer):
+    records = to_records([{"text": f"t{n}"} for n in range(40)])
+    drawn: list[int] = []
+
+    def whole_or_not_at_all(_record, limit):
+        drawn.append(limit)
+        return Encoded((5,) * 10, (True,) * 10) if limit >= 10 else Encoded((), ())
+
+    rounds = calibration_rounds(
+        records, tokenizer, 2, max_length=30, samples=None, tokens=25, encoding=whole_or_not_at_all
+    )
+    assert [len(chosen) for chosen in rounds] == [2, 2]
+    assert drawn == [25, 15, 5] * 2
 
 
 def test_an_answers_loss_does_not_count_the_end(tokenizer):

@@ -161,6 +161,12 @@ def test_a_key_in_the_wrong_block_is_sent_to_the_right_one(raw_recipe, change, k
         ({"adapter": {"mode": "ipm", "orthonormal": True}}, "orthonormal true does nothing in mode ipm"),
         ({"adapter": {"rank_cap": 4}}, "rank_cap count under adapter.allocation dynamic"),
         ({"training": {"weight_decay": 0.1}}, "weight_decay 0.1 pulls B A to zero, and mode kpm starts with"),
+        ({"evaluation": {"tasks": {}}}, "evaluation.tasks is empty: nothing is measured"),
+        ({"data": {"keep": "learn.jsonl"}}, "are the same records"),
+        (
+            {"adapter": {"mode": "contrast", "rank": 4}, "training": None},
+            "the default 0.0002 hardly moves a small model",
+        ),
         ({"context": {"rounds": 5}}, "only the first is used: set context.selection"),
         ({"context": {"selection": "dynamic"}}, "has one round to choose from"),
     ],
@@ -168,7 +174,7 @@ def test_a_key_in_the_wrong_block_is_sent_to_the_right_one(raw_recipe, change, k
 def test_settings_that_do_nothing_or_harm_are_named(raw_recipe, change, message):
     assert advice(parse_recipe(raw_recipe)) == []
     for block, values in change.items():
-        raw_recipe[block] |= values
+        raw_recipe[block] = raw_recipe[block] | values if values is not None else {}
     (note,) = advice(parse_recipe(raw_recipe))
     assert message in note
     assert Inputs(parse_recipe(raw_recipe)).check()["warnings"] == [note]

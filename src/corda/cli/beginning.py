@@ -10,7 +10,7 @@ import typer
 
 from corda.cli.app import app
 from corda.cli.arguments import AsJson, Overrides
-from corda.cli.output import print_value, quiet
+from corda.cli.output import print_value, quiet, warn
 from corda.errors import RecipeError
 
 
@@ -61,4 +61,5 @@ def init_recipe(
     for side, seen in done.facts["data"].items():
         typer.echo(f"{side + ':':<9}{seen['records']:,} records, {seen['kind']}, {seen['mean']:.0f} tokens on average")
     typer.echo(f"Adapter: {done.checked['trainable_parameters']:,} parameters in {done.checked['layers']} layers")
+    warn(done.checked.get("warnings", []))
     typer.echo(f"Next:    corda run {shlex.quote(str(output))} --dry-run")

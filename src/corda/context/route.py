@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,13 @@ from corda.context.feeding import is_causal
 from corda.context.vision import embedded
 from corda.data.batches import Batch
 from corda.distributed import Processes
+from corda.metric import full_precision
 from corda.sharding import is_spread
 from corda.targets import LayerSpec
 
 _TRIED = 16  # tokens
+# What a block raises where it lacks what another one has for it.
+_LACKING = (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError)
 _TOLERANCE = 0.02  # relative; rounding to 16 bits is far below, a scale or a convolution far above
 
 
@@ -74,26 +77,27 @@ def _handed_on(
     )
     entered: dict[int, Tensor] = {}
     wrap: Callable[[Tensor], Any] = lambda states: states  # noqa: E731
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), full_precision(), ExitStack() as stack:
         for index, block in enumerate(blocks):
 
             def note(_block: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                entered.setdefault(index, (args[0] if args else kwargs["hidden_states"]).detach())
+                states = args[0] if args else kwargs.get("hidden_states")
+                if isinstance(states, Tensor):
+                    entered.setdefault(index, states)
 
             stack.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
         body(**inputs)
     if set(entered) != set(range(len(blocks))):
         return False
     states = entered[0]
-    try:
+    with suppress(*_LACKING), full_precision():
         for index, block in enumerate(blocks):
             if not _close(states, entered[index]):
                 return False
             _, args, kwargs = block_arguments(body, blocks, index, inputs, wrap)
             states, wrap = run_block(block, states, args, kwargs)
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, AssertionError):  # it lacks what it takes
-        return False
-    return True
+        return True
+    return False
 
 
 def _close(one: Tensor, two: Tensor) -> bool:

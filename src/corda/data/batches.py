@@ -255,6 +255,8 @@ def calibration_rounds(
             if len(one):
                 chosen.append(one)
                 used += len(one)
+            elif chosen and room is not None and room < max_length:
+                break  # an image does not fit into what is left
         if not chosen:
             raise DataError(
                 "there are not enough calibration records",

@@ -108,7 +108,8 @@ def write_checked(
     if options.format == "residual" and work.four_bit and not work.requantised:
         raise AdapterError("an intact 4-bit base has no residual form", fix="export format lora or merged")
     terms = update.on_residual if options.format == "residual" else update.added
-    refuse_rank({name: pair.A.shape[0] for name, pair in terms.items()}, options)
+    doubled = options.format == "lora" and bool(update.start)
+    refuse_rank({name: pair.A.shape[0] for name, pair in terms.items()}, options, doubled=doubled)
     _refuse_foreign(folder)
     size = sum(4 * factor.numel() for pair in terms.values() for factor in pair)
     with full_precision(), artifact.writing(folder, _KIND, work.fingerprint, size=size) as (temporary, manifest):

@@ -192,12 +192,13 @@ def account(found: Mapping[str, compress.Truncated], rank: int) -> Compression:
     return Compression(rank, total, worst, shares[worst], shares)
 
 
-def refuse_rank(ranks: Mapping[str, int], options: ExportOptions) -> None:
+def refuse_rank(ranks: Mapping[str, int], options: ExportOptions, *, doubled: bool) -> None:
     """Refuse an adapter that is larger than the servers' cap.
 
     Args:
         ranks: Layer name -> rank of the adapter that would be written without `export.rank`.
         options: Of the export.
+        doubled: They hold the start beside what was trained.
 
     Raises:
         RecipeError: names the largest rank and the way out.
@@ -212,7 +213,7 @@ def refuse_rank(ranks: Mapping[str, int], options: ExportOptions) -> None:
     raise RecipeError(
         "the exported adapter has a larger rank than export.max_rank",
         where=f"export.max_rank, layer {name}",
-        got=f"rank {largest}" + (", twice the trained rank: it holds the start too" if lora else ""),
+        got=f"rank {largest}" + (", twice the trained rank: it holds the start too" if doubled else ""),
         expected=f"at most {options.max_rank}",
         fix=f"set export.rank to {options.max_rank}, an approximation whose loss is measured"
         if lora
