@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from functools import partial
 
 import pytest
@@ -248,6 +249,30 @@ def test_cells_side_by_side_give_the_same_scores(done, tmp_path):
         for runs in (found, again)
     )
     assert one == pytest.approx(two, rel=1e-6)
+
+
+def killed_at(cell):
+    """For a worker: it is killed as soon as it comes to that cell."""
+    from corda.comparing import cell as cells_of
+
+    measured = cells_of._measured
+
+    def failing(stages, method, study):
+        if cell in str(stages.folder):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measured(stages, method, study)
+
+    cells_of._measured = failing
+
+
+@pytest.mark.slow
+def test_a_cell_whose_process_is_killed_stays_empty_and_the_others_go_on(tmp_path):
+    study = tiny(tmp_path, ["lora", "kpm"], devices=["cpu", "cpu"])
+    told: list[str] = []
+    found = compare(study, announce=told.append, prepare=partial(killed_at, "lora-lr0.03"))
+    assert [run["status"] for run in found["runs"]] == ["done"] * 3
+    assert found["empty"] == ["lora-lr0.03-seed0"]
+    assert "lora-lr0.03-seed0 stays empty: its process was killed, perhaps for want of memory" in told
 
 
 @pytest.mark.slow

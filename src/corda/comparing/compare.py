@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from multiprocessing import connection
 from typing import Any
@@ -162,12 +163,12 @@ def _side_by_side(
     running: dict[Future[dict[str, Any]], tuple[Cell, ProcessPoolExecutor]] = {}
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
-        pools = {
-            stack.enter_context(
-                ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(device, prepare))
-            ): device
-            for device in study.devices
-        }
+
+        def worker(device: str) -> ProcessPoolExecutor:
+            given = (device, prepare)
+            return stack.enter_context(ProcessPoolExecutor(1, context, initializer=_begin, initargs=given))
+
+        pools = {worker(device): device for device in study.devices}
         free = list(pools)
         while True:
             while free and in_time() and (numbered := next(waiting, None)) is not None:
@@ -182,8 +183,16 @@ def _side_by_side(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 cell, pool = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    announce(f"{cell.id} stays empty: its process was killed, perhaps for want of memory")
+                    device = pools.pop(pool)
+                    pool = worker(device)
+                    pools[pool] = device
+                else:
+                    yield cell, result
                 free.append(pool)
-                yield cell, future.result()
 
 
 def _begin(device: str, prepare: Callable[[], None] | None) -> None:
