@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ _LOADERS: dict[ModelTask, tuple[Any, Any]] = {
     ),
 }
 _POSITIONS = ("position_embeddings", "embed_positions", "wpe")  # BERT and its like; OPT, BART; GPT-2
+_CARRIES = re.compile("Mamba|Rwkv|LSTM|Lightning|LinearAtt|DeltaNet|Retention|Recurrent", re.IGNORECASE)
 _HEADS: dict[str, ModelTask] = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
@@ -185,7 +187,8 @@ def learned_positions(model: nn.Module) -> int | None:
 def carrying(model: nn.Module) -> str | None:
     """A layer that carries a state along the whole row, so that records side by side in it are not kept apart.
 
-    Convolutions over the sequence, as they are in front of state spaces and linear attention, and RWKV.
+    Convolutions over the sequence, as they are in front of state spaces and linear attention, and what has none but
+    calls itself so.
 
     Args:
         model: Of text; the towers of a model with images are not looked at.
@@ -195,7 +198,7 @@ def carrying(model: nn.Module) -> str | None:
     """
     for name, module in model.named_modules():
         inside = "vision" not in name and "visual" not in name and "audio" not in name
-        if inside and (isinstance(module, nn.Conv1d) or "Rwkv" in type(module).__name__):
+        if inside and (isinstance(module, nn.Conv1d) or _CARRIES.search(type(module).__name__)):
             return name or type(module).__name__
     return None
 

@@ -80,15 +80,16 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 class _Unique(yaml.SafeLoader):
     """Of two equal keys YAML keeps the last without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping whose keys differ; those that `<<` merges in may be set again."""
-        seen: set[Any] = set()
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
         for key, _ in node.value:
-            name = key.value
-            if name != "<<" and name in seen:
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name and name != "<<" and name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is there twice", key.start_mark)
             seen.add(name)
-        return dict(super().construct_mapping(node, deep))
+        return node
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:

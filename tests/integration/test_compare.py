@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import pytest
@@ -307,14 +309,16 @@ def test_a_cell_that_fails_is_listed_with_its_reason_and_the_others_go_on(tmp_pa
 
 
 def test_a_worker_sees_the_gpu_of_its_own_alone(monkeypatch):
-    monkeypatch.setattr(comparing, "end_with_parent", lambda: None)
     for visible, device, expected in ((None, "cuda:1", "1"), ("4,6", "cuda:1", "6"), ("4,6", "cuda", "4,6")):
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        comparing._begin(device, None)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+        with comparing._visible(device), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            assert pool.submit(os.getenv, "CUDA_VISIBLE_DEVICES").result() == expected
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+    with pytest.raises(RecipeError, match=r"no such device.*cuda:7.*0 GPUs"):
+        comparing._refuse_devices(["cpu", "cuda:7"])
 
 
 def test_the_verb_checks_and_lists_cells_without_running(tmp_path):

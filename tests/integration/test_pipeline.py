@@ -415,6 +415,10 @@ def test_every_metric_counts_for_the_length_of_a_record(short_gpt, tmp_path, tas
 def test_artifacts_of_a_tokenizer_that_puts_blanks_are_those_without_them(raw_recipe, monkeypatch):
     plain = Inputs(parse_recipe(raw_recipe)).fingerprints
     monkeypatch.setattr(text, "puts_blanks", lambda _: True)
-    monkeypatch.setattr(text, "_BLANKS", {})
+    monkeypatch.setattr(text, "_BEGIN", {})
     blanked = Inputs(parse_recipe(raw_recipe)).fingerprints
-    assert all(plain[kind] != blanked[kind] for kind in ("context", "before", "train", "after"))
+    monkeypatch.setattr(text, "adds_bos", lambda _: True)
+    monkeypatch.setattr(text, "_BEGIN", {})
+    marked = Inputs(parse_recipe(raw_recipe)).fingerprints
+    for kind in ("context", "before", "train", "after"):
+        assert len({plain[kind], blanked[kind], marked[kind]}) == 3

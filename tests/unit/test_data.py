@@ -109,6 +109,27 @@ def test_a_template_may_render_earlier_turns_in_another_way(tokenizer):
         render(conversation("a", "x</think>b"), tokenizer, "chat")
 
 
+# Phi-3's and gpt-oss's in short: the last answer ends with another token of the tokenizer's than those before it.
+ENDS = {
+    "<|end|>\n": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}<|endoftext|>{% endif %}",
+    "": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>"
+    "{% else %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
+
+@pytest.mark.parametrize("closing", ENDS)
+def test_no_token_is_cut_where_the_last_answer_ends_in_another_way(tokenizer, closing):
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>", "<|return|>"], special_tokens=True)
+    tokenizer.chat_template = ENDS[closing]
+    several = conversation("a", "b", "c", "d")
+    segments = render(several, tokenizer, "chat")
+    whole = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in several.turns], tokenize=False)
+    assert "".join(s.text for s in segments) == whole
+    assert next(s.text for s in segments if s.response) == f"b{closing}"
+    assert list(encode(several, tokenizer).ids) == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
 def test_what_a_template_refuses_is_said_with_the_conversation(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"turns: user.*begins 'a'.*roles must alternate"):

@@ -106,6 +106,9 @@ def test_headings_may_be_in_several_parts_of_a_running_text():
         to_records([{"text": text}])[0] for text in ("= = Reception = =", "It was told that day by day " * 3)
     )
     refuse_shared("here", [heading], {"there": [heading, told]})
+    (clause,) = to_records([{"text": "山高水长" * 12}])  # a text without blanks
+    with pytest.raises(DataError, match="1 of 1 evaluation records"):
+        refuse_shared("here", [clause], {"there": [clause]})
     with pytest.raises(DataError, match="1 of 2 evaluation records"):
         refuse_shared("here", [heading, told], {"there": [heading, told]})
 

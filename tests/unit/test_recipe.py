@@ -108,6 +108,11 @@ def test_blocks_that_are_merged_in_may_be_set_again(raw_recipe, tmp_path):
     with pytest.raises(RecipeError, match="unknown key 'a'"):
         load_recipe(given)
     assert read_mapping(given, "recipe")["adapter"] == {"rank": 4, "mode": "kpm"}
+    given.write_text("a: {b: &b {<<: &c {rank: 4, mode: ipm}, mode: kpm}}\nadapter: {<<: *b, rank: 2}\n")
+    assert read_mapping(given, "recipe")["adapter"] == {"rank": 2, "mode": "kpm"}
+    given.write_text("adapter: {rank: {{ rank }}}\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(given)
 
 
 @pytest.mark.parametrize(

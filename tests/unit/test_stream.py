@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 from corda.context.blocks import find_blocks
 from corda.context.collect import collect_encoded
@@ -102,7 +109,20 @@ def _convolved_between_blocks():
     return DebertaV2ForSequenceClassification(config), ["value_proj", "intermediate.dense"]
 
 
-@pytest.mark.parametrize("make", [_keys_and_values_shared, _convolved_between_blocks])
+def _one_block_again_and_again():
+    config = AlbertConfig(
+        vocab_size=259,
+        embedding_size=16,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=80,
+        max_position_embeddings=256,
+    )
+    return AlbertForSequenceClassification(config), ["query", "ffn"]
+
+
+@pytest.mark.parametrize("make", [_keys_and_values_shared, _convolved_between_blocks, _one_block_again_and_again])
 def test_what_happens_between_blocks_is_seen_and_the_model_runs_whole(make, encoded):
     model, names = make()
     model = _filled(model)
@@ -111,6 +131,16 @@ def test_what_happens_between_blocks_is_seen_and_the_model_runs_whole(make, enco
     assert "what a block returns is not what the next one takes" in one.warnings[0]
     for layer in layers:
         assert torch.allclose(one.covariance(layer.name), two.covariance(layer.name), rtol=1e-5)
+
+
+def test_a_model_in_training_mode_is_tried_without_its_dropout(encoded):
+    config = AutoConfig.for_model("gpt2", **(COMMON | FAMILIES["gpt2"] | {"resid_pdrop": 0.5}))
+    model = _filled(AutoModelForCausalLM.from_config(config)).train()
+    state = torch.get_rng_state()
+    context = collect_encoded(model, encoded, find_targets(model), pad_token_id=0)
+    assert not any("whole" in warning for warning in context.warnings)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_layer_that_carries_a_state_does_not_keep_packed_records_apart(encoded):

@@ -79,7 +79,8 @@ def refuse_other_training(stages: Stages) -> None:
         raise ArtifactError(
             "the adapter here was trained with other settings or data than the recipe has now",
             where=str(folder),
-            fix="give the settings that it was trained with; or `corda run RECIPE` to train again, in its place",
+            fix="give the settings that it was trained with, and as many processes (records per step count); or "
+            "`corda run RECIPE` to train again, in its place",
         )
 
 

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection
 from typing import Any
+
+import torch
 
 from corda import artifact
 from corda.comparing import fairness
@@ -21,9 +23,11 @@ from corda.comparing.conclusions import conclusions
 from corda.comparing.fronts import retained
 from corda.comparing.methods import method
 from corda.comparing.study import Cell, Study, cells
+from corda.errors import RecipeError
 from corda.progress import Progress, silent
 from corda.report.comparison import write_comparison
 
+_IN_A_ROW = 2  # processes of one device that may be killed before it is given up
 COMPARISON, PAGE = "comparison.json", "comparison.html"
 
 
@@ -49,6 +53,7 @@ def compare(
         CordaError: the study is unfair or a recipe is wrong, before anything runs.
     """
     facts = fairness.check(study)
+    _refuse_devices(study.devices)
     artifact.make_folder(study.output_dir)
     started = time.perf_counter()
 
@@ -160,47 +165,92 @@ def _side_by_side(
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """One process a device, which sees no other GPU; each takes the next cell when it is free."""
     waiting = enumerate(todo, 1)
-    running: dict[Future[dict[str, Any]], tuple[Cell, ProcessPoolExecutor]] = {}
-    context = multiprocessing.get_context("spawn")
+    running: dict[Future[dict[str, Any]], tuple[Cell, _Worker]] = {}
     with ExitStack() as stack:
-
-        def worker(device: str) -> ProcessPoolExecutor:
-            given = (device, prepare)
-            return stack.enter_context(ProcessPoolExecutor(1, context, initializer=_begin, initargs=given))
-
-        pools = {worker(device): device for device in study.devices}
-        free = list(pools)
+        free = [_Worker(device, prepare, stack) for device in study.devices]
         while True:
             while free and in_time() and (numbered := next(waiting, None)) is not None:
-                (number, cell), pool = numbered, free.pop()
-                announce(f"[{number}/{len(todo)}] {cell.id} on {pools[pool]}")
-                device = pools[pool].partition(":")[0]
-                running[pool.submit(run_cell, study, cell, device=device, reference=reference)] = (cell, pool)
+                (number, cell), worker = numbered, free.pop()
+                announce(f"[{number}/{len(todo)}] {cell.id} on {worker.device}")
+                running[worker.run(study, cell, reference)] = (cell, worker)
             if not running:
                 if left := len(list(waiting)):
-                    announce(f"out of time: {left} cells stay empty")
+                    announce(f"{'out of time' if free else 'no device is left'}: {left} cells stay empty")
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                cell, pool = running.pop(future)
+                cell, worker = running.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool:
                     announce(f"{cell.id} stays empty: its process was killed, perhaps for want of memory")
-                    device = pools.pop(pool)
-                    pool = worker(device)
-                    pools[pool] = device
+                    free += [worker] if worker.again() else []
                 else:
+                    worker.killed = 0
+                    free.append(worker)
                     yield cell, result
-                free.append(pool)
 
 
-def _begin(device: str, prepare: Callable[[], None] | None) -> None:
-    end_with_parent()
-    kind, _, number = device.partition(":")
+class _Worker:
+    """A process for one device's cells, begun anew where it was killed."""
+
+    def __init__(self, device: str, prepare: Callable[[], None] | None, stack: ExitStack) -> None:
+        self.device, self.killed = device, 0
+        self._prepare, self._stack = prepare, stack
+        self._pool = self._begun()
+
+    def _begun(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(self._prepare,))
+        return self._stack.enter_context(pool)
+
+    def run(self, study: Study, cell: Cell, reference: int) -> Future[dict[str, Any]]:
+        """Begin a cell. The process is made here, and told its GPU before any library can look for one."""
+        device = self.device.partition(":")[0]
+        with _visible(self.device):
+            try:
+                return self._pool.submit(run_cell, study, cell, device=device, reference=reference)
+            except BrokenProcessPool:  # killed between two cells
+                self._pool = self._begun()
+                return self._pool.submit(run_cell, study, cell, device=device, reference=reference)
+
+    def again(self) -> bool:
+        """A new process after the old one was killed; not after two in a row."""
+        self.killed += 1
+        self._pool = self._begun()
+        return self.killed < _IN_A_ROW
+
+
+@contextmanager
+def _visible(device: str) -> Iterator[None]:
+    """Inside, new processes see that GPU alone."""
+    name, (kind, _, number) = "CUDA_VISIBLE_DEVICES", device.partition(":")
+    given = os.environ.get(name)
     if kind == "cuda" and number:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(number)] if visible else number
+        os.environ[name] = given.split(",")[int(number)] if given else number
+    try:
+        yield
+    finally:
+        if given is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = given
+
+
+def _refuse_devices(devices: Sequence[str]) -> None:
+    """Refuse GPUs that are not there.
+
+    Raises:
+        RecipeError: names them.
+    """
+    count = torch.cuda.device_count()
+    missing = [one for one in devices if one.startswith("cuda") and int(one.partition(":")[2] or 0) >= count]
+    if missing:
+        raise RecipeError("there is no such device", where="devices", got=", ".join(missing), expected=f"{count} GPUs")
+
+
+def _begin(prepare: Callable[[], None] | None) -> None:
+    end_with_parent()
     if prepare is not None:
         prepare()
 

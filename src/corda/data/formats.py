@@ -169,7 +169,7 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, 
 
 def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, known: Sequence[str]) -> str:
     for name in known:
-        if name == "qa" and "choices" in record:
+        if name == "qa" and record.get("choices") is not None:
             continue  # its answer is the number or letter of a choice
         if all(record.get(f) is not None or (f in _ANSWERS and f in record) for f in _FIELDS[name]):
             return name

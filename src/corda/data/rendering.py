@@ -119,6 +119,16 @@ class _Chat:
                 fix="change the roles or their order to what the model's template knows",
             ) from None
 
+    def common(self, one: str, two: str) -> str:
+        """What two texts of the template both begin with, no token of the tokenizer's own cut in half."""
+        differ = (index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        cut = next(differ, min(len(one), len(two)))
+        for token in tokenizer_of(self.tokenizer).get_added_vocab():
+            start = one.rfind(token, 0, cut + len(token) - 1)
+            if 0 <= start < cut < start + len(token):
+                cut = start
+        return one[:cut]
+
 
 def _turn_by_turn(chat: _Chat, first: int, *, end: bool) -> list[Segment]:
     """Segments of the answers from a turn on, where the template only appends; none where it does not."""
@@ -182,18 +192,12 @@ def _as_a_whole(chat: _Chat, first: int, *, end: bool) -> list[Segment]:
         if chat.turns[index][0] != "assistant" or index < first:
             prompt += content
             continue
-        closing = _common(between[index + 1], between[-1])
+        closing = chat.common(between[index + 1], between[-1])
         segments += [Segment(prompt, False), Segment(content + (closing if end else ""), True)]
         prompt = ""
         if end:
             between[index + 1] = between[index + 1].removeprefix(closing)
     return segments
-
-
-def _common(one: str, two: str) -> str:
-    """What both begin with."""
-    differ = (index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
-    return one[: next(differ, min(len(one), len(two)))]
 
 
 def _marks(numbers: Iterable[int]) -> list[str]:

@@ -21,7 +21,7 @@ from corda.progress import Progress, silent
 from corda.recipe import Recipe
 from corda.tasks import DataSource, EvaluationTask
 
-_A_SENTENCE = 8  # words; running text that is shorter may be anywhere
+_A_SENTENCE = 40  # characters; running text that is shorter may be anywhere
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def refuse_shared(where: str, held: Sequence[Record], used: Mapping[str, Sequenc
     for origin, records in used.items():
         keys = {record.key for record in records}
         # Headings of running text are in every part of it.
-        shared = [r for r in held if r.key in keys and not (r.is_text and len(r.key.split()) < _A_SENTENCE)]
+        shared = [r for r in held if r.key in keys and not (r.is_text and len(r.key) < _A_SENTENCE)]
         if shared:
             raise DataError(
                 f"{len(shared)} of {len(held)} evaluation records are also in {origin}",

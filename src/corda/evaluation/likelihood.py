@@ -110,7 +110,7 @@ def perplexity(
     first = (
         ids[:1] if adds_bos(tokenizer_of(tokenizer)) else ()
     )  # models that were trained with it need it in front of any text
-    body, room = ids[len(first) :], window - len(first)
+    body, room = ids[len(first) :], max(1, window - len(first))
     windows = [(*first, *body[i : i + room]) for i in range(0, len(body), room)]
     encoded = [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows if len(w) > 1]
     loss = answer_loss(model, encoded, pad_token_id, batch_size, progress)

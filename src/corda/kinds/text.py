@@ -14,17 +14,19 @@ from transformers import Trainer
 
 from corda import models, training
 from corda.architectures import carrying, learned_positions
-from corda.data.batches import IGNORED, Encoded, encode, pad_id, padded, puts_blanks
+from corda.data.batches import IGNORED, Encoded, adds_bos, encode, pad_id, padded, puts_blanks
 from corda.data.formats import TEXTS, Record
 from corda.data.rendering import render
 from corda.errors import RecipeError
 from corda.evaluation.evaluate import Scores, Task, check_metrics, evaluate, refuse_longer
 from corda.kinds.kind import Kind
-from corda.processing import takes_images
+from corda.processing import takes_images, tokenizer_of
 from corda.progress import Progress, silent
 
 _LOOKED_AT = 100
-_BLANKS: dict[models.Source, bool] = {}  # a study asks for every cell, and loading a tokenizer takes half a second
+# Whether a tokenizer puts a blank, and a mark, in front of any text: a study asks for every cell, and loading one takes
+# half a second.
+_BEGIN: dict[models.Source, tuple[bool, bool]] = {}
 
 
 class Text(Kind):
@@ -33,10 +35,22 @@ class Text(Kind):
     formats = kept = TEXTS
 
     def head(self) -> list[Any]:
-        """Of tokenizers that put a blank in front of any text: that records in pieces have been kept free of it."""
-        if self.source not in _BLANKS:
-            _BLANKS[self.source] = puts_blanks(self.tokenizer)
-        return ["no blanks"] if _BLANKS[self.source] else []
+        """How records are read where that was once done in another way: what was made then is made again.
+
+        Of tokenizers that put a blank in front of any text, that records in pieces are kept free of it; of those that
+        begin any text with a mark, that every window does; of chat templates, that what they say first is prompt.
+        """
+        if self.source not in _BEGIN:
+            _BEGIN[self.source] = puts_blanks(self.tokenizer), adds_bos(tokenizer_of(self.tokenizer))
+        blanks, bos = _BEGIN[self.source]
+        records = [*self.learn_records[:1], *(record for task in self.tasks for record in task.records[:1])]
+        ways = {
+            "no blanks": blanks,
+            "windows with bos": bos,
+            "chat leads": self.recipe.data.template == "chat" or any(record.always_chat for record in records),
+        }
+        told = ", ".join(way for way, is_so in ways.items() if is_so)
+        return [told] if told else []
 
     def encode(self, record: Record, limit: int | None = None) -> Encoded:
         """A record as tokens, its text as the template has it. A record whose images do not fit has no tokens.
