@@ -65,7 +65,11 @@ def encoder_inputs(batch: Batch) -> dict[str, Any]:
 def feeder(model: nn.Module) -> Callable[[Batch], dict[str, Any]]:
     """What makes the keyword arguments of a model's body of a batch.
 
-    It raises CalibrationError for rows of several records where the model cannot keep them apart.
+    Args:
+        model: To be fed.
+
+    Raises:
+        CalibrationError: by what is returned, for rows of several records that the model cannot keep apart.
     """
     if not is_causal(model):
         return encoder_inputs
