@@ -395,7 +395,7 @@ def set_in(raw, key, value):
         ("model.task", "token-classification", DataError, r"fit no format.*tagged \(ner_tags, tokens\)"),
         ("model.num_labels", 2, DataError, r"more classes than the head.*3: bad, dull, good"),
         ("model.id2label", {0: "bad", 1: "good"}, DataError, r"none of the classes.*dull"),
-        ("training.completion_only_loss", True, RecipeError, r"the trainer refuses these options.*completion_only_loss"),
+        ("training.completion_only_loss", True, RecipeError, r"trainer refuses these options.*completion_only_loss"),
         ("evaluation.tasks.moods.metrics", ["answer_loss"], DataError, r"none of a classifier's.*metrics: \[loss"),
         ("evaluation.tasks.moods.shots", 2, DataError, r"leave shots out"),
         ("data.learn", {"dataset": "texts.jsonl"}, DataError, r"fit no format.*classification \(text, label\)"),
