@@ -36,15 +36,15 @@ def run(
     from corda import pipeline
     from corda.advice import advice
 
+    said = advice(parsed)
     if not as_json:
-        warn(advice(parsed))
+        warn(said)
 
     results = pipeline.run(parsed, progress=shown)
     if as_json:
         print_value(results, True)
         return
     print_table([results])
-    said = advice(parsed)
     warn([one for one in results["warnings"] if one not in said])
     if results["export"]:
         typer.echo(f"Export:  {results['export']['path']}")

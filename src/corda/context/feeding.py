@@ -77,15 +77,28 @@ def feeder(model: nn.Module) -> Callable[[Batch], dict[str, Any]]:
 
     def one_by_one(batch: Batch) -> dict[str, Any]:
         if batch.packed:
-            raise CalibrationError(
-                "the records of one window are not kept apart by a layer that carries a state along it",
-                where="context.pack_to",
-                got=layer,
-                fix="leave context.pack_to out",
-            )
+            refuse_windows(layer)
         return model_inputs(batch)
 
-    return model_inputs if layer is None else one_by_one
+    return one_by_one
+
+
+def refuse_windows(layer: str | None) -> None:
+    """Refuse windows of several records for a model whose layers do not keep them apart.
+
+    Args:
+        layer: One that carries a state along the row, if there is any.
+
+    Raises:
+        CalibrationError: there is.
+    """
+    if layer is not None:
+        raise CalibrationError(
+            "the records of one window are not kept apart by a layer that carries a state along it",
+            where="context.pack_to",
+            got=layer,
+            fix="leave context.pack_to out",
+        )
 
 
 def fed_as_two(encoded: Sequence[Encoded], start: int) -> list[dict[str, Tensor]]:

@@ -93,8 +93,7 @@ def perplexity(
     """exp of the mean loss per token of the joined texts, cut into windows; n is the number of windows.
 
     Each window's first token does not count: it has no context, or is the mark that the tokenizer begins any text with,
-    which then begins every window. The standard error is that of the loss, times the
-    perplexity.
+    which then begins every window. The standard error is that of the loss, times the perplexity.
 
     Args:
         model: Any causal language model.
@@ -107,9 +106,8 @@ def perplexity(
     """
     text = "".join(record.response for record in records)
     ids = encode_segments([Segment(text, True)], tokenizer).ids
-    first = (
-        ids[:1] if adds_bos(tokenizer_of(tokenizer)) else ()
-    )  # models that were trained with it need it in front of any text
+    # Models that were trained with that mark need it in front of any text.
+    first = ids[:1] if adds_bos(tokenizer_of(tokenizer)) else ()
     body, room = ids[len(first) :], max(1, window - len(first))
     windows = [(*first, *body[i : i + room]) for i in range(0, len(body), room)]
     encoded = [Encoded(w, (False, *[True] * (len(w) - 1))) for w in windows if len(w) > 1]

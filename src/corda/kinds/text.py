@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from corda import models, training
 from corda.architectures import carrying, learned_positions
+from corda.context.feeding import refuse_windows
 from corda.data.batches import IGNORED, Encoded, adds_bos, encode, pad_id, padded, puts_blanks
 from corda.data.formats import TEXTS, Record
 from corda.data.rendering import render
@@ -43,11 +44,10 @@ class Text(Kind):
         if self.source not in _BEGIN:
             _BEGIN[self.source] = puts_blanks(self.tokenizer), adds_bos(tokenizer_of(self.tokenizer))
         blanks, bos = _BEGIN[self.source]
-        records = [*self.learn_records[:1], *(record for task in self.tasks for record in task.records[:1])]
         ways = {
             "no blanks": blanks,
             "windows with bos": bos,
-            "chat leads": self.recipe.data.template == "chat" or any(record.always_chat for record in records),
+            "chat leads": self.recipe.data.template == "chat" or any(one.always_chat for one in self.learn_records[:1]),
         }
         told = ", ".join(way for way, is_so in ways.items() if is_so)
         return [told] if told else []
@@ -127,13 +127,8 @@ class Text(Kind):
                 got=r.context.pack_to,
                 expected=f"at most {self.positions}",
             )
-        if r.context.pack_to is not None and (layer := carrying(models.skeleton(self.source, self.model))) is not None:
-            raise RecipeError(
-                "the records of one window are not kept apart by a layer that carries a state along it",
-                where="context.pack_to",
-                got=layer,
-                fix="leave context.pack_to out",
-            )
+        if r.context.pack_to is not None:
+            refuse_windows(carrying(models.skeleton(self.source, self.model)))
         training.trainer_arguments(
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
         )
