@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from conftest import write_jsonl
 
 
 def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path):
@@ -125,8 +127,6 @@ def test_a_plan_changed_in_place_is_an_error_that_shows_the_way(corda, raw_recip
 
 
 def without_chat_template(pico, tmp_path):
-    import shutil
-
     folder = shutil.copytree(pico, tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
     return folder
@@ -170,6 +170,23 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(
     assert out == ""
     assert len(err.strip().split("\n\n")) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_found_at_the_end_of_a_file(
+    corda, raw_recipe, write_recipe, pico, data
+):
+    turn = {"role": "user", "content": "Weight of 7?"}
+    good = {"messages": [turn, {"role": "assistant", "content": "7 g"}]}
+    write_jsonl(data / "sorted.jsonl", [good] * 230 + [{"messages": [turn, turn, good["messages"][1]]}] * 20)
+    strict = "{% if messages | length == 3 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    template = (pico / "chat_template.jinja").read_text()
+    folder = shutil.copytree(pico, data / "strict")
+    (folder / "chat_template.jinja").write_text(strict + template)
+    path = write_recipe(raw_recipe)
+    asked = ["--set", "data.learn=sorted.jsonl", "--set", f"model.model_name_or_path={folder}", "--dry-run"]
+    code, _, err = corda("run", path, *asked)
+    assert code == 2
+    assert "roles must alternate" in err
 
 
 def test_a_full_disk_and_a_corrupted_artifact(corda, raw_recipe, write_recipe, tmp_path, monkeypatch):

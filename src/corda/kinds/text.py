@@ -133,7 +133,7 @@ class Text(Kind):
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
         )
         for records in used.values():
-            for record in records[:_LOOKED_AT]:
+            for record in records[:: -(-len(records) // _LOOKED_AT) or 1]:  # first to last: files are often sorted
                 render(record, self.tokenizer, r.data.template)
         if takes_images(self.tokenizer):
             self._check_images(used)
