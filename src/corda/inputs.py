@@ -267,7 +267,7 @@ class Inputs:
         allocated = self.recipe.adapter.allocation == "dynamic" and any(
             by_hand(self.recipe.adapter, t.name).rank is None for t in targets
         )
-        notes = advice(self.recipe)
+        notes = [*advice(self.recipe), *self.kind.notes()]
         later: dict[str, Any] = {"warnings": notes} if notes else {}
         later |= {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
         return {

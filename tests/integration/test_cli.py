@@ -189,6 +189,23 @@ def test_a_conversation_that_the_template_refuses_is_found_at_the_end_of_a_file(
     assert "roles must alternate" in err
 
 
+def test_a_dry_run_counts_records_that_are_cut(corda, raw_recipe, write_recipe, data):
+    short = [{"prompt": "Weight?", "completion": "7 g"}] * 34
+    answers = [{"prompt": "Weight?", "completion": "7 g and " * 20}] * 3
+    prompts = [{"prompt": "What is the weight? " * 10, "completion": "7 g"}] * 3
+    write_jsonl(data / "long.jsonl", short + answers + prompts)
+    path = write_recipe(raw_recipe)
+    asked = ["run", path, "--dry-run", "--json", "--set", "data.learn=long.jsonl", "--set"]
+    code, out, _ = corda(*asked, "data.max_length=64")
+    assert code == 0
+    assert [one for one in json.loads(out)["warnings"] if "training records" in one] == [
+        "6 of 40 training records are cut at 64 tokens (data.max_length), 3 of them before their answer: left out"
+    ]
+    code, out, _ = corda(*asked, "data.max_length=250")
+    assert code == 0
+    assert not [one for one in json.loads(out).get("warnings", []) if "training records" in one]
+
+
 def test_a_full_disk_and_a_corrupted_artifact(corda, raw_recipe, write_recipe, tmp_path, monkeypatch):
     from collections import namedtuple
 

@@ -86,6 +86,10 @@ class Kind(ABC):
         """Evaluation tasks with their records."""
         return load_tasks(self.recipe, self.records, self.check_task)
 
+    def notes(self) -> list[str]:
+        """What a look at the training records says about the settings, a sentence each."""
+        return []
+
     @abstractmethod
     def encode(self, record: Record, limit: int | None = None) -> Encoded:
         """A record as tokens.

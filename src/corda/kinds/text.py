@@ -109,6 +109,20 @@ class Text(Kind):
         own = {"tokenizer": self.tokenizer, "options": r.training, "seed": r.seed}
         return training.text_trainer(model, learnt, folder, validation, **own)
 
+    def notes(self) -> list[str]:
+        """How many of some training records are cut, where that is one in twenty, or an answer is lost by it."""
+        if takes_images(self.tokenizer):
+            return []
+        data, looked = self.recipe.data, _some(self.learn_records)
+        longest = min(x for x in (data.max_length, self.positions) if x is not None)
+        made = [encode(one, self.tokenizer, template=data.template, max_length=longest + 1) for one in looked]
+        cut = [one for one in made if len(one) > longest]
+        lost = sum(not any(one.response[:longest]) for one in cut)
+        if not lost and len(cut) * 20 <= len(looked):
+            return []
+        without = f", {lost} of them before their answer: left out" if lost else ""
+        return [f"{len(cut)} of {len(looked)} training records are cut at {longest} tokens (data.max_length){without}"]
+
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.
 
@@ -133,7 +147,7 @@ class Text(Kind):
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
         )
         for records in used.values():
-            for record in records[:: -(-len(records) // _LOOKED_AT) or 1]:  # first to last: files are often sorted
+            for record in _some(records):
                 render(record, self.tokenizer, r.data.template)
         if takes_images(self.tokenizer):
             self._check_images(used)
@@ -177,3 +191,8 @@ class Text(Kind):
                     got=recipe.data.max_length,
                     fix="raise it",
                 )
+
+
+def _some(records: Sequence[Record]) -> Sequence[Record]:
+    """At most a hundred, from the first to the last: files are often sorted."""
+    return records[:: -(-len(records) // _LOOKED_AT) or 1]
