@@ -31,6 +31,7 @@ from corda.distributed import world
 from corda.errors import AdapterError, TargetError
 from corda.forms import CORRECTION, INITIAL, TRAINED, Beside, Corrected, Difference, refuse_adapted
 from corda.lora_config import exact_key, lora_config, whole
+from corda.metric import full_precision
 from corda.plan.plan import LayerPlan, Plan
 from corda.quantization import full_weight, is_4bit, requantise
 from corda.recipe import Base
@@ -99,6 +100,7 @@ def freeze_a(model: Any) -> None:
             parameter.requires_grad_(False)
 
 
+@full_precision()
 def attach(
     model: PreTrainedModel,
     plan: Plan,

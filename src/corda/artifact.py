@@ -68,8 +68,12 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, machine and time that a result was made with; no path and no host name."""
+def provenance(device: Any = None) -> dict[str, Any]:
+    """Versions, machine and time that a result was made with; no path and no host name.
+
+    Args:
+        device: A torch.device that it was computed on; None: the GPU where there is one.
+    """
     import torch
 
     versions = {}
@@ -78,13 +82,13 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": versions,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "threads": torch.get_num_threads(),
     }
 

@@ -23,6 +23,7 @@ from corda.data.batches import pad_id
 from corda.errors import CheckError
 from corda.exporting.check import allowed, probe_logits
 from corda.inputs import Inputs
+from corda.metric import full_precision
 from corda.offload import LazyWeights, empty_model
 from corda.options import ModelOptions
 from corda.plan.plan import Plan
@@ -103,13 +104,14 @@ class Bases:
 
         A checkpoint that is stored in 4 bits stays so.
         """
-        residual = self.recipe.adapter.form(self.inputs.quantisation is not None) == "residual"
-        full = residual or self.recipe.export.format == "merged"
+        full = self.inputs.exports_in_full
         changed: dict[str, Any] = {"load_in_4bit": False} if full else {}
-        if self.recipe.model.device_map is not None:  # PEFT cannot load an adapter onto off-loaded layers
+        # PEFT cannot load an adapter onto off-loaded layers; and what is there in 4 bits may not fit a GPU in 16.
+        if self.recipe.model.device_map is not None or full:
             changed |= {"device_map": None, "device": "cpu", "dtype": str(self.dtype()).removeprefix("torch.")}
         return self.inputs.model.model_copy(update=changed)
 
+    @full_precision()
     def attached(self, plan: Plan) -> tuple[PeftModel, dict[str, Any]]:
         """The base with the plan's adapter at its start, and how far its logits are from the base's.
 

@@ -19,19 +19,22 @@ class Meter:
     """Filled stage by stage.
 
     Attributes:
+        device: That the run computes on, as in a recipe; "all": every GPU there is.
         seconds: Stage -> wall-clock seconds.
-        peak_bytes: Stage -> highest resident memory of the process (sampled), or of the GPU where there is one.
+        peak_bytes: Stage -> highest memory of the device's GPU, summed over several; of a run on a CPU the process's
+            resident memory (sampled).
     """
 
+    device: str = "auto"
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure the body as stage `name`."""
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        gpus = _gpus(self.device)
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
         process = psutil.Process()
         peak = process.memory_info().rss
         done = threading.Event()
@@ -50,4 +53,13 @@ class Meter:
             self.seconds[name] = time.perf_counter() - start
             done.set()
             watcher.join()
-            self.peak_bytes[name] = torch.cuda.max_memory_allocated() if cuda else peak
+            self.peak_bytes[name] = sum(map(torch.cuda.max_memory_allocated, gpus)) if gpus else peak
+
+
+def _gpus(device: str) -> list[int]:
+    if device == "cpu" or not torch.cuda.is_available():
+        return []
+    if device == "all":
+        return list(range(torch.cuda.device_count()))
+    index = torch.device("cuda" if device == "auto" else device).index
+    return [torch.cuda.current_device() if index is None else index]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,29 @@ def strip(d: int) -> int:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Inside, fp32 matrix products on a GPU are fp32 and not TF32, whatever the user has set."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set under torch 2.9's names, beside which this function refuses to answer
+        with _ieee(torch.backends.cuda.matmul):
+            yield
+        return
+    if before == "highest":
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ieee(matmul: Any) -> Iterator[None]:
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from corda.quantization import unpacked
 class LazyWeights:
     """A checkpoint's tensors by the model's own parameter names, read when asked for.
 
-    Layers that the checkpoint holds in 4 bits (bitsandbytes) are given as numbers.
+    Layers that the checkpoint holds in 4 bits (bitsandbytes) are given as numbers. Buffers that it has are read at once
+    into the model: they are small, and nothing else would.
 
     Raises:
         ModelError: the checkpoint is not in safetensors, or has no tensor for a parameter of the model.
@@ -44,7 +45,7 @@ class LazyWeights:
         self._keys: dict[str, str] = {}
         tied = set(model.all_tied_weights_keys)
         for name, _ in model.named_parameters():
-            key = next((k for k in (name, name.removeprefix(prefix)) if k in self._places), None)
+            key = self._key(name, prefix)
             if key is not None:
                 self._keys[name] = key
             elif name not in tied:
@@ -53,6 +54,14 @@ class LazyWeights:
                     where=f"{source.path}, {name}",
                     fix="set context.offload: false; for a 4-bit model, save the checkpoint anew with transformers",
                 )
+
+        for name, _ in model.named_buffers():
+            key = self._key(name, prefix)
+            if key is not None:
+                set_module_tensor_to_device(model, name, "cpu", value=self._read(key))
+
+    def _key(self, name: str, prefix: str) -> str | None:
+        return next((k for k in (name, name.removeprefix(prefix)) if k in self._places), None)
 
     def get(self, name: str) -> Tensor:
         """One parameter, of its own shape, on the CPU, in the dtype of the run."""
@@ -72,17 +81,25 @@ class LazyWeights:
 
     @contextmanager
     def on(self, module: nn.Module, prefix: str, device: torch.device) -> Iterator[None]:
-        """Inside, the parameters of `module` (named `prefix` in the model) are on `device`; after, nowhere."""
+        """Inside, the parameters of `module` (named `prefix` in the model) are on `device`; after, nowhere.
+
+        Its buffers are there too, and after that where they were.
+        """
+        buffers = {name: buffer.device for name, buffer in module.named_buffers() if buffer.device != device}
         names = [name for name, parameter in module.named_parameters() if parameter.device.type == "meta"]
         try:
             for name in names:
                 set_module_tensor_to_device(
                     module, name, device, value=self.get(f"{prefix}.{name}" if prefix else name)
                 )
+            for name in buffers:
+                set_module_tensor_to_device(module, name, device)
             yield
         finally:
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
+            for name, place in buffers.items():
+                set_module_tensor_to_device(module, name, place)
 
 
 def empty_model(source: Source, options: ModelOptions, dtype: torch.dtype) -> PreTrainedModel:

@@ -102,7 +102,7 @@ class Stages:
         self.recipe, self.progress, self.reuse_from, self.processes = recipe, progress, reuse_from, processes
         self.inputs = Inputs(recipe)
         self.folder = recipe.output_dir
-        self.meter = Meter()
+        self.meter = Meter(recipe.model.device if recipe.model.device_map is None else "all")
         self.bases = Bases(self.inputs)
         self._context: Context | None = None
         self._plan: Plan | None = None
@@ -251,7 +251,8 @@ class Stages:
                 if drift is not None:
                     artifact.write_json(temporary / "drift.json", vars(drift))
                     notes += drift_notes(drift, r.training, curve.stopped)
-                extra.update(step0=step0, warnings=notes, **self._costs("train"))
+                where = artifact.provenance(models.pick_device(self.recipe.model.device))
+                extra.update(step0=step0, warnings=notes, provenance=where, **self._costs("train"))
 
         if state is not None:  # the trainer has sharded the model; what follows loads it anew
             self.bases.live = None

@@ -35,6 +35,12 @@ def is_spread(model: nn.Module) -> bool:
     return is_sharded(model) or getattr(model, "hf_device_map", None) is not None
 
 
+def in_parts(model: nn.Module) -> bool:
+    """Whether layers of the model compute on different devices."""
+    places = getattr(model, "hf_device_map", None) or {}
+    return len({str(place) for place in places.values()} - {"cpu", "disk"}) > 1
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where inputs go: the device of the first weight that is in memory, the CPU if none is."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 pytest.importorskip("bitsandbytes")
@@ -13,7 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from corda import pipeline
 from corda.adapter import relative_difference
+from corda.bases import Bases
 from corda.errors import RecipeError
+from corda.inputs import Inputs
 from corda.models import keep_exact
 from corda.reading import parse_recipe
 from corda.report.table import plan_table
@@ -25,6 +29,17 @@ def four_bit(raw_recipe, **adapter):
     raw_recipe["model"]["load_in_4bit"] = True
     raw_recipe["adapter"] |= adapter
     return parse_recipe(raw_recipe)
+
+
+def test_an_export_in_full_precision_is_not_loaded_onto_the_gpu(raw_recipe):
+    """What is there in 4 bits may not fit in 16; a LoRA for the 4-bit base itself needs no such base."""
+    for given, device in (({}, "cpu"), ({"base": "intact"}, "cuda")):
+        raw = copy.deepcopy(raw_recipe)
+        raw["model"] |= {"device": "cuda", "dtype": "bfloat16"}
+        inputs = Inputs(four_bit(raw, mode="kpm", **given))
+        options = Bases(inputs).for_export()
+        assert (options.device, options.dtype) == (device, "bfloat16")
+        assert options.load_in_4bit is (device == "cuda")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from corda.context.feeding import model_inputs
 from corda.data.batches import Encoded, batches, encode, pack
 from corda.data.formats import to_records
 from corda.errors import CalibrationError, DataError, TargetError
+from corda.metric import full_precision
 from corda.targets import find_targets
 
 
@@ -211,3 +212,22 @@ def test_tf32_is_off_inside_and_back_after(model, tokenizer, texts):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_under_the_newer_names_is_off_inside_and_back_after():
+    """As `training.tf32` sets it on a GPU that has it; torch then refuses to answer under the older name."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9")
+    untouched = matmul.fp32_precision
+    with full_precision():
+        assert matmul.fp32_precision == untouched  # nothing to turn off
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        with full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = untouched

@@ -69,6 +69,21 @@ def test_a_model_that_does_not_heed_logits_to_keep_is_scored_the_same(model, tok
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_of_a_model_in_parts_all_logits_are_taken(model, tokenizer, records, monkeypatch):
+    """Which ones are wanted is known on the first device, and the last layer's output is on another."""
+    encoded = [encode(r, tokenizer) for r in records[:7]]
+    expected = token_losses(model, encoded, 0, 3)
+    asked = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: asked.append("logits_to_keep" in given) or forward(**given))
+    for places, some in (({"": 0}, True), ({"a": 0, "b": "cpu", "c": "disk"}, True), ({"a": 0, "b": 1}, False)):
+        monkeypatch.setattr(model, "hf_device_map", places, raising=False)
+        asked.clear()
+        for ours, theirs in zip(token_losses(model, encoded, 0, 3), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        assert set(asked) == {some}
+
+
 def test_standard_errors():
     assert mean([1.0, 2.0, 3.0, 4.0]).stderr == pytest.approx(math.sqrt(5 / 3) / 2)
     weighted = ratio([2.0, 9.0], [1.0, 3.0])

@@ -450,12 +450,18 @@ def test_an_export_does_not_replace_what_peft_saved(pico, context, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == kept
 
 
-def test_an_off_loaded_model_is_exported(pico, context, tmp_path):
-    where = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
-    where["model.rotary_emb"] = "cpu"
+@pytest.mark.parametrize("form", ["lora", "merged"])
+def test_an_off_loaded_model_is_exported(pico, context, tmp_path, form):
+    where = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    where |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(pico, device_map=where, offload_folder=tmp_path / "offload")
     assert next(model.parameters()).device.type == "meta"
-    done = export(attach(model.eval(), make_plan(model, context, rank=4)), tmp_path / "out")
+    wrapped = attach(model.eval(), make_plan(model, context, rank=4))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B.default" in name:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    done = export(wrapped, tmp_path / "out", format=form)
     assert done.max_relative_logit_difference <= done.tolerance
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
+from corda.comparing.cell import _drift
 from corda.comparing.metered import foretold, ranks, spearman
 from corda.context.collect import collect_encoded
 from corda.context.store import HELD_OUT
@@ -105,3 +107,24 @@ def test_changed_weights_read_as_the_meter_reads_the_factors(model, yards):
     assert found.layers == pytest.approx(dict(expected.layers), rel=1e-3)
     assert drift_of_weights(change, yards[0]).held_out is None
     assert drift_of_weights(lambda spec: 0 * started[spec.name], *yards).total == 0
+
+
+def test_a_change_below_the_roundings_of_a_16_bit_base_is_read(pico, tokenizer, texts):
+    """Merged into bf16 weights it would be gone, though the model that is measured has it."""
+    base = AutoModelForCausalLM.from_pretrained(pico, dtype=torch.bfloat16).eval()
+    encoded = [encode(record, tokenizer) for record in to_records([{"text": text} for text in texts[:6]])]
+    layers = find_targets(base)
+    context = collect_encoded(base, encoded, layers, pad_token_id=0)
+    started = {spec.name: weight_of(base, spec).clone() for spec in layers}
+    yard = yardstick(context, lambda spec: started[spec.name])
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[spec.name for spec in layers]))
+    torch.manual_seed(0)
+    deltas = {}
+    for spec in layers:
+        module = base.get_submodule(spec.name)
+        torch.nn.init.normal_(module.lora_B["default"].weight, std=1e-5)
+        deltas[spec.name] = module.get_delta_weight("default")
+    expected = drift_of_weights(lambda spec: deltas[spec.name], yard)
+    found = _drift(model, started, [yard])
+    assert 0 < expected.total < 1e-4
+    assert found["total"] == pytest.approx(expected.total, rel=1e-3)

@@ -246,6 +246,26 @@ def test_offloaded_is_whole_with_one_block_in_memory_at_a_time(pico, model, enco
         assert torch.equal(one.factors[layer.name][0], two.factors[layer.name][0])
 
 
+def test_buffers_of_an_offloaded_block_are_those_of_the_checkpoint(pico, model, tmp_path):
+    """A new model has what its constructor puts there."""
+    from corda.models import Source
+    from corda.offload import LazyWeights, empty_model
+    from corda.options import ModelOptions
+
+    bias = 3 * torch.randn(8)
+    model.model.layers[1].register_buffer("routing", bias.clone())
+    model.save_pretrained(tmp_path)
+    source = Source(str(tmp_path), None)
+    shell = empty_model(source, ModelOptions(model_name_or_path=str(tmp_path)), torch.float32)
+    shell.model.layers[1].register_buffer("routing", torch.zeros(8))
+    weights = LazyWeights(source, shell, torch.float32)
+    ids = torch.randint(3, 259, (2, 9))
+    with torch.no_grad(), weights.on(shell, "", torch.device("cpu")):
+        assert torch.equal(shell.model.layers[1].routing, bias)
+        assert torch.equal(shell(ids).logits, model(ids).logits)
+    assert torch.equal(shell.model.layers[1].routing, bias)
+
+
 def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):
     from corda import artifact, pipeline
     from corda.reading import parse_recipe

@@ -27,10 +27,11 @@ from corda.drift import READINGS, Yardstick, drift_of_weights
 from corda.errors import AdapterError, CordaError
 from corda.evaluation.evaluate import Scores
 from corda.evaluation.scores import change, sign
+from corda.exporting.kept import effective_weight
 from corda.inputs import Inputs
+from corda.models import pick_device
 from corda.pipeline import Stages
 from corda.progress import Progress, silent
-from corda.sharding import stored_weight
 from corda.targets import LayerSpec, weight_of
 
 _SHELF = ("context", "plan", "before")
@@ -124,7 +125,7 @@ def run_cell(
     if result["status"] == "unavailable":
         gc.collect()
         torch.cuda.empty_cache()
-    result["provenance"] = artifact.provenance()
+    result["provenance"] = artifact.provenance(pick_device(inputs.recipe.model.device))
     artifact.make_folder(result_path(study, cell).parent)
     artifact.write_json(result_path(study, cell), finite(result))
     return dict(artifact.read_json(result_path(study, cell)))
@@ -191,6 +192,8 @@ def _trained_elsewhere(stages: Stages, method: Method) -> tuple[nn.Module, dict[
             model = _built(base, inputs, method)
     step0 = peft_made.relative_change(model, reference, probe)
     encoded = [inputs.kind.encode(record) for record in inputs.learn_records]
+    if method.kind == "full":
+        base.float()  # as adapters are: in 16 bits a small step rounds to none
     with peft_made.all_trainable(base) if method.kind == "full" else nullcontext(), stages.meter.stage("train"):
         count = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and _HEADS not in name)
         curve = training.train(
@@ -215,16 +218,16 @@ def _readable(inputs: Inputs) -> bool:
 
 
 def _drift(model: nn.Module, started: Mapping[str, Tensor], yards: Sequence[Yardstick]) -> dict[str, float | None]:
-    """The meter's reading of a model that something else trained; its adapter is merged."""
-    base: Any = model
-    if isinstance(model, PeftModel):
-        model.merge_adapter()
-        base = model.base_model.model
+    """The meter's reading of a model that something else trained; DoRA's adapter is merged."""
+    peft = model if isinstance(model, PeftModel) else None
+    if peft is not None and any(getattr(config, "use_dora", False) for config in peft.peft_config.values()):
+        peft.merge_adapter()
+        model = peft.base_model.model
 
     def change(spec: LayerSpec) -> Tensor:
-        module = base.get_submodule(spec.name)
-        merged = getattr(module, "base_layer", module)
-        return weight_of(base, spec, stored_weight(merged)) - started[spec.name].to(merged.weight.device)
+        now = effective_weight(model, spec.name, adapted=model is peft)
+        assert now is not None  # see `_readable`
+        return now - started[spec.name].to(now.device)
 
     reading = drift_of_weights(change, *yards)
     return {key: getattr(reading, key) for key in READINGS}

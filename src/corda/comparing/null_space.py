@@ -54,8 +54,9 @@ def null_plan(model: nn.Module, context: Context, options: AdapterOptions) -> Pl
     factors, layers = {}, []
     with torch.no_grad():
         for spec in context.layers:
-            C = context.covariance(spec.name)
-            factors[spec.name] = null_factors(weight_of(model, spec, None), C, rank, scaling(options, rank))
+            W = weight_of(model, spec, None)
+            C = context.covariance(spec.name).to(W.device)
+            factors[spec.name] = null_factors(W, C, rank, scaling(options, rank))
             layer = LayerPlan(spec.name, spec.kind, spec.d_out, spec.d_in, rank, context.groups[spec.name])
             layers.append(replace(layer, tokens=context.token_count(spec.name)))
     return Plan(options, tuple(layers), factors)

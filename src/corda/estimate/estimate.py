@@ -298,12 +298,8 @@ class _Work:
         among = self.processes if self.shard else 1
         adapters = self.facts.factor_bytes * (1 if self.recipe.adapter.mode == "lora" else 2) // among
         optimiser = self.facts.trainable * FP32 * 3 // among  # gradients and two moments
-        device = {
-            "weights": self._resident("train"),
-            "adapters": adapters,
-            "optimiser": optimiser,
-            "work": step.peak(depth),
-        }
+        weights, work = self._resident("train"), step.peak(depth)
+        device = {"weights": weights, "adapters": adapters, "optimiser": optimiser, "work": work}
         host = {"libraries": _TRAINER, "plan": self.facts.factor_bytes} if self.on_cpu else {}
         if self.recipe.metered:  # covariances that stay in memory where there is room for all
             size = sum(square([group]) for group in self.facts.groups.items())
@@ -337,8 +333,10 @@ class _Work:
     # Export
 
     def _export_memory(self) -> dict[str, Any]:
-        weights = 2 * self.facts.weight_bytes()  # the trained model and a fresh base to load the export into
-        host = {"libraries": _TRAINER} if self.on_cpu else {}
+        full = self.facts.inputs.exports_in_full
+        fresh = self.facts.weight_bytes(full=full)  # beside the trained model, to load the export into
+        host = {"libraries": _TRAINER} if self.on_cpu else {"weights": fresh} if full else {}
+        weights = self.facts.weight_bytes() + (fresh if self.on_cpu or not full else 0)
         return self._memory({"weights": weights, "adapters": 4 * self.facts.factor_bytes}, host)
 
     # Shared

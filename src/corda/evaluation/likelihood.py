@@ -16,7 +16,7 @@ from corda.data.rendering import Segment
 from corda.evaluation.scores import Score, mean, ratio
 from corda.processing import tokenizer_of
 from corda.progress import Progress, silent
-from corda.sharding import device_of
+from corda.sharding import device_of, in_parts
 
 _GAP = re.compile(r"(?<!\S)_(?!\w)")
 
@@ -47,14 +47,16 @@ def token_losses(
         kept = batch.counts[:, 1:].any(dim=0).nonzero()[:, 0]
         slot = torch.zeros(batch.input_ids.shape[1], dtype=torch.long, device=device)
         slot[kept] = torch.arange(len(kept), device=device)
+        # In parts, the last layer's output is not where `kept` is.
+        chosen = {} if in_parts(model) else {"logits_to_keep": kept}
         logits = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            logits_to_keep=kept,
+            **chosen,
             **(batch.more or {}),
         ).logits
-        if logits.shape[1] != len(kept):  # a model that takes logits_to_keep and does not heed it
+        if logits.shape[1] != len(kept):  # not asked for, or not heeded
             logits = logits[:, kept]
         for row in range(batch.input_ids.shape[0]):
             wanted = batch.counts[row, 1:].nonzero()[:, 0]

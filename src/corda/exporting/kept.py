@@ -17,6 +17,7 @@ from corda.errors import CheckError
 from corda.exporting.update import Factors
 from corda.exporting.write import layer_of
 from corda.forms import INITIAL, Difference
+from corda.sharding import stored_weight
 from corda.targets import LayerSpec, spec_of, weight_of
 
 # What a form that is exact but for its own arithmetic may be off by, and what rounded weights may lose at most.
@@ -117,11 +118,12 @@ def effective_weight(model: nn.Module, name: str, *, adapted: bool = True) -> Te
     inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if not inner.weight.is_floating_point():
         return None
-    W: Tensor = inner.weight.detach().float()
+    W = stored_weight(inner).float()
     if isinstance(module, LoraLayer) and adapted:
         for adapter in module.active_adapters:
             if adapter in module.lora_A:
-                W = W + module.get_delta_weight(adapter)
+                change = module.get_delta_weight(adapter)
+                W = W.to(change.device) + change
             if type(module.lora_variant.get(adapter)) is Difference:
                 W = W - module.get_delta_weight(INITIAL)
     return W.T if isinstance(inner, Conv1D) else W
