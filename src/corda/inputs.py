@@ -182,8 +182,10 @@ class Inputs:
     @property
     def exports_in_full(self) -> bool:
         """Whether a 4-bit run's export is for the base in full precision, which is then loaded on the CPU."""
-        residual = self.recipe.adapter.form(four_bit=True) == "residual"
-        return self.quantisation is not None and (residual or self.recipe.export.format == "merged")
+        if self.quantisation is None:
+            return False
+        anew = self.recipe.adapter.form(four_bit=True) == "residual" and not self.quantisation.stored
+        return anew or self.recipe.export.format == "merged"
 
     def _export_place(self) -> str | None:
         """A residual export's adapter names its base by its path; the other formats depend on no place."""

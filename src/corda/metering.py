@@ -59,7 +59,8 @@ class Meter:
 def _gpus(device: str) -> list[int]:
     if device == "cpu" or not torch.cuda.is_available():
         return []
+    current = torch.cuda.current_device()  # begins CUDA; what is asked of a GPU by its number does not
     if device == "all":
         return list(range(torch.cuda.device_count()))
     index = torch.device("cuda" if device == "auto" else device).index
-    return [torch.cuda.current_device() if index is None else index]
+    return [current if index is None else index]

@@ -25,6 +25,8 @@ def full_precision() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set under torch 2.9's names, beside which this function refuses to answer
+        before = None
+    if before is None:
         with _ieee(torch.backends.cuda.matmul):
             yield
         return

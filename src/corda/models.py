@@ -104,9 +104,8 @@ def load(options: ModelOptions) -> Loaded:
     dtype: Any = {"auto": torch.float32 if device.type == "cpu" else "auto"}.get(options.dtype, options.dtype)
     tokenizer = load_tokenizer(source, options)
     kind = quantisation(source, options)
-    common: dict[str, Any] = _common(source, options) | fresh_head(options)
     spread = spreading(options)
-    common |= spread
+    common: dict[str, Any] = _common(source, options) | fresh_head(options) | spread
     if kind is not None:
         common.setdefault("device_map", {"": device})
         if not kind.stored:
@@ -223,8 +222,10 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ModelError("unknown device", where="model.device", got=name, expected="auto, cpu, cuda, cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is no GPU here", where="model.device", got=name, fix="use auto or cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= there:
+        what = "there is no such GPU here" if there else "there is no GPU here"
+        raise ModelError(what, where="model.device", got=name, fix="use auto or cpu")
     return device
 
 

@@ -55,9 +55,10 @@ class LazyWeights:
                     fix="set context.offload: false; for a 4-bit model, save the checkpoint anew with transformers",
                 )
 
+        kept = model.state_dict()
         for name, _ in model.named_buffers():
             key = self._key(name, prefix)
-            if key is not None:
+            if key is not None and name in kept:  # older checkpoints hold what a model makes anew
                 set_module_tensor_to_device(model, name, "cpu", value=self._read(key))
 
     def _key(self, name: str, prefix: str) -> str | None:

@@ -59,6 +59,15 @@ class ModelOptions(Strict):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field("nf4", description="code book, for load_in_4bit")
     bnb_4bit_use_double_quant: bool = Field(False, description="quantise the scales too, for load_in_4bit")
 
+    @property
+    def computes_on(self) -> str:
+        """The device as given, or "all" where weights are spread over what GPUs there are."""
+        spread = self.device_map
+        places = set(map(str, spread.values())) if isinstance(spread, dict) else set()
+        if places and places <= {"cpu", "disk"}:
+            return "cpu"
+        return self.device if spread is None or self.device == "cpu" else "all"
+
     @model_validator(mode="after")
     def _classes_agree(self) -> ModelOptions:
         names, number = self.id2label, self.num_labels

@@ -102,7 +102,7 @@ class Stages:
         self.recipe, self.progress, self.reuse_from, self.processes = recipe, progress, reuse_from, processes
         self.inputs = Inputs(recipe)
         self.folder = recipe.output_dir
-        self.meter = Meter(recipe.model.device if recipe.model.device_map is None else "all")
+        self.meter = Meter(recipe.model.computes_on)
         self.bases = Bases(self.inputs)
         self._context: Context | None = None
         self._plan: Plan | None = None

@@ -254,16 +254,19 @@ def test_buffers_of_an_offloaded_block_are_those_of_the_checkpoint(pico, model, 
 
     bias = 3 * torch.randn(8)
     model.model.layers[1].register_buffer("routing", bias.clone())
+    model.model.layers[1].register_buffer("made_anew", torch.ones(3))  # as older checkpoints hold such
     model.save_pretrained(tmp_path)
     source = Source(str(tmp_path), None)
     shell = empty_model(source, ModelOptions(model_name_or_path=str(tmp_path)), torch.float32)
     shell.model.layers[1].register_buffer("routing", torch.zeros(8))
+    shell.model.layers[1].register_buffer("made_anew", torch.zeros(5), persistent=False)
     weights = LazyWeights(source, shell, torch.float32)
     ids = torch.randint(3, 259, (2, 9))
     with torch.no_grad(), weights.on(shell, "", torch.device("cpu")):
         assert torch.equal(shell.model.layers[1].routing, bias)
         assert torch.equal(shell(ids).logits, model(ids).logits)
     assert torch.equal(shell.model.layers[1].routing, bias)
+    assert torch.equal(shell.model.layers[1].made_anew, torch.zeros(5))
 
 
 def test_a_run_with_offloading_has_the_same_plan(raw_recipe, tmp_path):

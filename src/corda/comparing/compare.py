@@ -24,6 +24,7 @@ from corda.comparing.fronts import retained
 from corda.comparing.methods import method
 from corda.comparing.study import Cell, Study, cells
 from corda.errors import RecipeError
+from corda.models import pick_device
 from corda.progress import Progress, silent
 from corda.report.comparison import write_comparison
 
@@ -89,7 +90,7 @@ def write(study: Study, todo: Sequence[Cell], results: dict[Cell, dict[str, Any]
         facts: What the checks found out.
     """
     runs = [results[cell] for cell in todo if cell in results]
-    where = artifact.provenance()
+    where = artifact.provenance(pick_device(study.devices[0]))
     comparison: dict[str, Any] = {
         "schema": artifact.SCHEMA,
         "study": study.model_dump(mode="json", exclude={"output_dir", "base", "overrides"}),

@@ -333,7 +333,7 @@ class _Work:
     # Export
 
     def _export_memory(self) -> dict[str, Any]:
-        full = self.facts.inputs.exports_in_full
+        full = self.facts.inputs.exports_in_full and self.recipe.export.format != "residual"
         fresh = self.facts.weight_bytes(full=full)  # beside the trained model, to load the export into
         host = {"libraries": _TRAINER} if self.on_cpu else {"weights": fresh} if full else {}
         weights = self.facts.weight_bytes() + (fresh if self.on_cpu or not full else 0)

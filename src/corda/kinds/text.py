@@ -120,8 +120,10 @@ class Text(Kind):
         lost = sum(not any(one.response[:longest]) for one in cut)
         if not lost and len(cut) * 20 <= len(looked):
             return []
+        some = " looked at" if len(looked) < len(self.learn_records) else ""
+        why = "data.max_length" if longest == data.max_length else "all that the model takes"
         without = f", {lost} of them before their answer: left out" if lost else ""
-        return [f"{len(cut)} of {len(looked)} training records are cut at {longest} tokens (data.max_length){without}"]
+        return [f"{len(cut)} of {len(looked)} training records{some} are cut at {longest} tokens ({why}){without}"]
 
     def check(self, used: Mapping[str, Sequence[Record]], device: torch.device) -> None:
         """Refuse what can be found wrong before a weight is loaded.
