@@ -107,6 +107,15 @@ def test_settings_show(raw_recipe):
     assert again["memory"]["plan"]["host"]["covariances"] == kept["disk"]["covariances"] / 2  # one block of two
     assert total("train", model__load_in_4bit=True)["weights"] < total("train")["weights"]
     assert total("train", training__per_device_train_batch_size=8)["work"] > total("train")["work"]
+    whole, packed = total("export")["weights"], total("train", model__load_in_4bit=True)["weights"]
+    for form, on_gpu, on_host in (
+        ("lora", packed, whole / 2),
+        ("merged", packed, whole / 2),
+        ("residual", 2 * packed, 0),
+    ):
+        changed = {"model__load_in_4bit": True, "export__format": form}
+        assert total("export", **changed)["weights"] == on_gpu
+        assert total("export", "host", **changed).get("weights", 0) == on_host
     one, four = (estimate(recipe(raw_recipe), "h100", processes=p) for p in (1, 4))
     assert four["seconds"]["collect"]["forward"] == pytest.approx(one["seconds"]["collect"]["forward"] / 4)
     assert 3.4 < one["seconds"]["plan"]["decompose"] / four["seconds"]["plan"]["decompose"] <= 4.0
