@@ -100,7 +100,7 @@ class Bases:
         return None if kind is None else functools.partial(round_trip, kind=kind, dtype=self.dtype())
 
     def for_export(self) -> ModelOptions:
-        """The base that an export is for: as in the run, or in full precision where the run's was quantised anew.
+        """The base that an export is for: as in the run; in full precision, on the CPU, where it was quantised anew.
 
         A checkpoint that is stored in 4 bits stays so.
         """
