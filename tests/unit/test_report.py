@@ -25,6 +25,7 @@ from corda.report import figures
 from corda.report.errorbars import score_errors
 from corda.report.layers import write_plan_page
 from corda.report.page import write_page
+from corda.report.weighed import weighed_curves
 
 PROMPT = 'Is <script>alert("1 & 2")</script> safe?'
 MODULES = (
@@ -433,3 +434,19 @@ def test_a_run_has_one_colour_in_every_figure() -> None:
     (moved,) = drift_curves(runs).data
     assert moved.name == "KPM"
     assert moved.line.color == trained["KPM"] != trained["LoRA"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_directions_that_no_layer_has_are_left_out_of_the_weighed_curves():
+    """Behind C's rank every eigenvalue is 0; logarithmic axes have no place for it, nor NumPy a median of none."""
+    random = np.random.default_rng(3)
+    weighed = {}
+    for i, rank in enumerate((9, 13)):
+        for kind in ("theta", "task", "knowledge"):
+            held = np.sort(random.lognormal(2, 3, rank))[::-1]
+            weighed[f"layers.{i}.{kind}"] = np.concatenate([held, np.zeros(40 - rank)])
+    middle = [trace for trace in weighed_curves(weighed).data if trace.name]
+    assert len(middle) == 3
+    for trace in middle:
+        assert list(trace.x) == list(range(1, 14))
+        assert (np.asarray(trace.y) > 0).all()

@@ -44,10 +44,11 @@ def weighed_curves(weighed: Mapping[str, Floats]) -> go.Figure:
         if not curves:
             continue
         width = max(map(len, curves))
-        which = np.unique(np.geomspace(1, width, _POINTS).astype(int)) - 1
         padded = np.full((len(curves), width), np.nan)
         for r, curve in enumerate(curves):
             padded[r, : len(curve)] = np.where(curve > 0, curve, np.nan)
+        which = np.unique(np.geomspace(1, width, _POINTS).astype(int)) - 1
+        which = which[~np.isnan(padded[:, which]).all(axis=0)]  # beyond the rank of C no layer has an eigenvalue
         low, middle, high = np.nanquantile(padded[:, which], (0.25, 0.5, 0.75), axis=0)
         common = {"x": which + 1, "mode": "lines", "legendgroup": kind}
         thin = {"width": 0}
