@@ -75,6 +75,17 @@ def wrappers(model: PeftModel) -> dict[str, ParamWrapper]:
     }
 
 
+def wrapper_of(model: PeftModel, parameter: str) -> ParamWrapper | None:
+    """What adapts the parameter of this full name in the base; None if nothing does."""
+    owner, _, own = parameter.rpartition(".")
+    module = model.base_model.model.get_submodule(owner)
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == own:
+            return module
+        module = module.base_layer
+    return None
+
+
 def pattern_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Layer name -> the parameter by which PEFT has to target it; layers that are targeted as modules are left out.
 

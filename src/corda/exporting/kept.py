@@ -109,7 +109,7 @@ def effective_weight(model: nn.Module, name: str, *, adapted: bool = True) -> Te
     root = model.base_model.model if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel):
         spec = spec_of(root, name)
-        wrapper = parameters.wrappers(model).get(spec.stored[0])
+        wrapper = parameters.wrapper_of(model, spec.stored[0])
         if wrapper is not None:
             return _of_parameter(wrapper, spec, adapted)
     elif (spec := spec_of(root, name)).stored[1] is not None:
