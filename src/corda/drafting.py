@@ -116,7 +116,7 @@ def draft(
         suggested["evaluation"] = {"batch_size": 16 if facts["device"] == "cuda" else 8, "tasks": tasks}
     _merge(suggested, raw)
     recipe = parse_recipe(suggested, "the drafted recipe")
-    checked = Inputs(recipe).check()
+    checked = Inputs(recipe).dry_run()
     text = "\n".join([*_head(launch, facts), *commented(suggested, Recipe, notes), *_missing(suggested)])
     return Draft(text + "\n", facts, checked)
 

@@ -275,9 +275,7 @@ class Inputs:
         allocated = self.recipe.adapter.allocation == "dynamic" and any(
             by_hand(self.recipe.adapter, t.name).rank is None for t in targets
         )
-        notes = [*advice(self.recipe), *self.kind.notes()]
-        later: dict[str, Any] = {"warnings": notes} if notes else {}
-        later |= {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
+        later = {"note": "ranks are allocated later; until then a layer counts with adapter.rank"} if allocated else {}
         return {
             "layers": len(targets),
             "trainable_parameters": sum(self.recipe.adapter.cost(t.d_out, t.d_in) * ranks[t.name] for t in targets),
@@ -287,6 +285,19 @@ class Inputs:
             "output_dir": str(self.recipe.output_dir),
             **later,
         }
+
+    def warnings(self) -> list[str]:
+        """What is allowed but hardly meant, of a recipe that passed `check`: settings, and records that are cut."""
+        return [*advice(self.recipe), *self.kind.notes()]
+
+    def dry_run(self) -> dict[str, Any]:
+        """What `corda run --dry-run` says: the facts of `check`, and warnings where there are any.
+
+        Raises:
+            CordaError: see `check`.
+        """
+        facts, warnings = self.check(), self.warnings()
+        return facts | ({"warnings": warnings} if warnings else {})
 
 
 def refuse_several(recipe: Recipe, processes: int) -> None:

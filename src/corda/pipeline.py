@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -49,13 +49,20 @@ from corda.results import RESULTS, results
 from corda.targets import LayerSpec, weight_of
 
 
-def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Path] = ()) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    *,
+    progress: Progress = silent,
+    reuse_from: Sequence[Path] = (),
+    warn: Callable[[list[str]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Everything: collect, plan, train, evaluate before and after, export, report.
 
     Args:
         recipe: What to do.
         progress: Shows how far each stage is.
         reuse_from: Other runs' folders whose context, plan and scores of the base may be taken over where they fit.
+        warn: Told, before the first stage, what is allowed but hardly meant; see `Inputs.warnings`.
 
     Returns:
         The content of results.json.
@@ -64,6 +71,7 @@ def run(recipe: Recipe, *, progress: Progress = silent, reuse_from: Sequence[Pat
         CordaError: bad input, before anything expensive; or a failed check.
     """
     with opened(recipe, progress, reuse_from) as stages:
+        stages.processes.first_only(lambda: warn(stages.inputs.warnings()))
         stages.context()
         stages.plan()
         stages.before()
@@ -311,9 +319,8 @@ class Stages:
         before, after = self.before(), self.after()
 
         def write() -> None:
-            artifact.write_json(
-                self.folder / RESULTS, results(self.folder, self.inputs, plan, trained, exported, before, after)
-            )
+            made = results(self.folder, self.inputs, plan, trained, exported, before, after)
+            artifact.write_json(self.folder / RESULTS, made)
             write_page([self.folder], self.folder / "report.html")
 
         self.processes.first_only(write)
@@ -341,8 +348,7 @@ class Stages:
         if not isinstance(self.bases.live, PeftModel):
             model, _ = self.bases.attached(plan)
             model.load_adapter(str(trained.folder), TRAINED)
-        assert isinstance(self.bases.live, PeftModel)
-        return self.bases.live
+        return cast(PeftModel, self.bases.live)
 
     def _measure(self, name: str, model: PreTrainedModel | PeftModel) -> Scores:
         model.eval()
@@ -384,15 +390,11 @@ class Stages:
         return artifact.read(self.folder / kind, kind, verify=False) if self.processes.tell(None) else None
 
     def _found(self, kind: str, *elsewhere: Path) -> artifact.Artifact | None:
-        own = artifact.reusable(self.folder / kind, kind, self.inputs.fingerprints[kind])
-        if own is not None:
-            return own
-        for folder in elsewhere:
+        for folder in (self.folder, *elsewhere):
             found = artifact.reusable(folder / kind, kind, self.inputs.fingerprints[kind])
             if found is not None:
-                return artifact.copy(found, self.folder / kind)
+                return found if folder == self.folder else artifact.copy(found, self.folder / kind)
         return None
 
     def _costs(self, stage: str) -> dict[str, Any]:
-        cost = {"seconds": self.meter.seconds[stage], "peak_bytes": self.meter.peak_bytes[stage]}
-        return {"costs": {stage: cost}}
+        return {"costs": {stage: {"seconds": self.meter.seconds[stage], "peak_bytes": self.meter.peak_bytes[stage]}}}

@@ -8,6 +8,9 @@ import shutil
 import pytest
 from conftest import write_jsonl
 
+from corda import pipeline
+from corda.errors import CordaError
+
 
 def test_verbs_one_by_one_and_then_run(corda, raw_recipe, write_recipe, tmp_path):
     path = write_recipe(raw_recipe)
@@ -189,7 +192,7 @@ def test_a_conversation_that_the_template_refuses_is_found_at_the_end_of_a_file(
     assert "roles must alternate" in err
 
 
-def test_a_dry_run_counts_records_that_are_cut(corda, raw_recipe, write_recipe, data):
+def test_records_that_are_cut_are_counted_before_anything_runs(corda, raw_recipe, write_recipe, data, monkeypatch):
     short = [{"prompt": "Weight?", "completion": "7 g"}] * 34
     answers = [{"prompt": "Weight?", "completion": "7 g and " * 20}] * 3
     prompts = [{"prompt": "What is the weight? " * 10, "completion": "7 g"}] * 3
@@ -204,6 +207,15 @@ def test_a_dry_run_counts_records_that_are_cut(corda, raw_recipe, write_recipe, 
     code, out, _ = corda(*asked, "data.max_length=250")
     assert code == 0
     assert not [one for one in json.loads(out).get("warnings", []) if "training records" in one]
+
+    def stopped(stages):
+        raise CordaError("nothing is collected in this test")
+
+    monkeypatch.setattr(pipeline.Stages, "context", stopped)
+    code, out, err = corda("run", path, "--set", "data.learn=long.jsonl", "--set", "data.max_length=64")
+    assert code == 2
+    assert "nothing is collected" in err
+    assert "6 of 40 training records are cut at 64 tokens" in out, "said before the first stage"
 
 
 def test_a_full_disk_and_a_corrupted_artifact(corda, raw_recipe, write_recipe, tmp_path, monkeypatch):
@@ -262,8 +274,6 @@ def test_another_runs_folder(corda, raw_recipe, write_recipe, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(corda, raw_recipe, write_recipe, monkeypatch):
-    from corda import pipeline
-
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
     code, _, err = corda("run", write_recipe(raw_recipe))
     assert code == 130
@@ -281,8 +291,6 @@ def test_usage_errors_and_version(corda):
 
 
 def test_an_unexpected_error_is_not_hidden(corda, raw_recipe, write_recipe, monkeypatch):
-    from corda import pipeline
-
     monkeypatch.setattr(pipeline, "run", lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError):
         corda("run", write_recipe(raw_recipe))

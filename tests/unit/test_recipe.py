@@ -182,7 +182,7 @@ def test_settings_that_do_nothing_or_harm_are_named(raw_recipe, change, message)
         raw_recipe[block] = raw_recipe[block] | values if values is not None else {}
     (note,) = advice(parse_recipe(raw_recipe))
     assert message in note
-    assert Inputs(parse_recipe(raw_recipe)).check()["warnings"] == [note]
+    assert Inputs(parse_recipe(raw_recipe)).warnings() == [note]
 
 
 @pytest.mark.parametrize(

@@ -28,19 +28,20 @@ def run(
     if dry_run:
         from corda.inputs import Inputs
 
-        facts = Inputs(parsed).check()
+        facts = Inputs(parsed).dry_run()
         notes = [] if as_json else facts.pop("warnings", [])
         print_value(facts, as_json)
         warn(notes)
         return
     from corda import pipeline
-    from corda.advice import advice
 
-    said = advice(parsed)
-    if not as_json:
-        warn(said)
+    said: list[str] = []
 
-    results = pipeline.run(parsed, progress=shown)
+    def say(warnings: list[str]) -> None:
+        said.extend(warnings)
+        warn([] if as_json else warnings)
+
+    results = pipeline.run(parsed, progress=shown, warn=say)
     if as_json:
         print_value(results, True)
         return
@@ -185,7 +186,7 @@ def report(
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the demo's runs go")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of data order and sampling")] = 0,
-    methods: Annotated[str, typer.Option(help="Of lora, kpm and contrast; finished runs are reused")] = "lora,kpm",
+    methods: Annotated[str, typer.Option(help="Which of these; finished runs are reused")] = "lora,kpm,contrast",
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
