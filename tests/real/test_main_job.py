@@ -66,7 +66,7 @@ def test_page_and_table(demo):
     (results, page), _ = demo
     assert 1_000_000 < page.stat().st_size < 6_000_000
     shown = io.StringIO()
-    Console(width=140, file=shown).print(scores_table(results))
+    Console(width=80, file=shown).print(scores_table(results))
     text = shown.getvalue()
     for word in ("base", "LoRA", "CorDA-KPM", "contrast", "word problems", "world facts", "to keep", "exact match %"):
         assert word in text

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile, zip_longest
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 _LABELS = {
@@ -20,8 +21,8 @@ _LABELS = {
 _SHORT = {
     "kpm": "CorDA-KPM",
     "ipm": "CorDA-IPM",
-    "dual": "CorDA-dual",
-    "contrast": "CorDA-contrast",
+    "dual": "dual",
+    "contrast": "contrast",
     "lora": "LoRA",
 }
 _PERCENT = {"exact_match", "accuracy", "f1", "pass_at_1"}
@@ -45,20 +46,23 @@ def format_score(metric: str, score: dict[str, Any]) -> str:
 
 def scores_table(runs: Sequence[dict[str, Any]]) -> Table:
     """Base and every run, a row per task and metric; the runs share their base and tasks."""
-    table = Table(title="Held-out scores, mean ± standard error", title_justify="left")
+    table = Table(
+        title="Held-out scores, mean ± standard error", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("task")
-    table.add_column("measures")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     table.add_column("n", justify="right")
-    table.add_column("base", justify="right")
-    for results in runs:
-        table.add_column(short_name(results), justify="right")
+    for name in ("base", *map(short_name, runs)):
+        table.add_column(name, justify="right", min_width=len(name))  # a narrow terminal breaks cells, not names
     first = runs[0]
-    for key, score in first["scores"]["before"].items():
-        task, _, metric = key.rpartition("/")
-        side = "to learn" if first["recipe"]["evaluation"]["tasks"][task]["measures"] == "learn" else "to keep"
-        cells = [format_score(metric, run["scores"]["after"][key]) for run in runs]
-        table.add_row(task, side, _LABELS[metric], str(score["n"]), format_score(metric, score), *cells)
+    tasks = first["recipe"]["evaluation"]["tasks"]
+    for task, keys in groupby(first["scores"]["before"], key=lambda key: key.rpartition("/")[0]):
+        titles = [task, "to learn" if tasks[task]["measures"] == "learn" else "to keep"]
+        rows = list(keys)
+        for key, title in zip_longest(rows, titles if len(rows) > 1 else ["\n".join(titles)], fillvalue=""):
+            metric, score = key.rpartition("/")[2], first["scores"]["before"][key]
+            cells = [format_score(metric, run["scores"]["after"][key]) for run in runs]
+            table.add_row(title, _LABELS[metric], str(score["n"]), format_score(metric, score), *cells)
     return table
 
 
