@@ -96,7 +96,7 @@ def test_standard_errors():
 def test_perplexity_of_a_uniform_model(model, tokenizer):
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    records = to_records([{"text": "abc def " * 40}, {"text": "more"}])
+    records = to_records([{"text": "abc def " * 40}, {"text": "more"}])  # white space is between them already
     score = perplexity(model, tokenizer, records, 0, 4, window=50)
     assert score.value == pytest.approx(259, rel=1e-4)
     assert score.n == math.ceil((8 * 40 + 4) / 50)
@@ -108,6 +108,9 @@ def test_every_window_begins_with_the_mark_that_the_tokenizer_puts_before_a_text
     monkeypatch.setattr(likelihood, "answer_loss", lambda _m, rows, *_: seen.extend(rows) or mean([1.0]))
     perplexity(model, tokenizer, [record], 0, 4, window=50)
     assert [len(row) for row in seen] == [50, 50, 20]
+    seen.clear()
+    perplexity(model, tokenizer, to_records([{"text": "one."}, {"text": "Two"}, {"text": "\nthree"}]), 0, 4, window=50)
+    assert tokenizer.decode(seen[0].ids) == "one.\nTwo\nthree"
     seen.clear()
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     perplexity(model, tokenizer, [record], 0, 4, window=50)
@@ -222,6 +225,9 @@ def test_answer_after_compares_the_tail_only(model, tokenizer):
         ("1/2", "1.2", False),
         ("It is 1.5.", "it is 1.5", True),
         ("U.S.A.", "U S A", True),
+        (".5", "5", False),
+        ("-.5", "-0.5", True),
+        ("$.50", "0.50", True),
     ],
 )
 def test_numbers_are_compared_as_numbers(one, two, same):

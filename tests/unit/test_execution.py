@@ -33,6 +33,13 @@ def test_the_right_solution_passes_and_a_wrong_one_does_not():
     assert not passes(record.prompt + "    return ]\n" + record.program)
 
 
+def test_a_program_finds_itself_as_a_module():
+    """Dataclasses look the types that they were given as text up in the module of their class."""
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    body = "@dataclass\nclass Point:\n    x: int\n    y: int = 0\n\nassert Point(3).y == 0\n"
+    assert passes(head + body)
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -28,7 +28,7 @@ _RIGHT = "corda-passed"
 
 # Runs in the child before the program: limits first, then a new network namespace without any interface in it.
 _GUARD = """
-import ctypes, os, resource, sys
+import ctypes, os, resource, sys, types
 seconds, memory, size, processes = (int(float(value)) for value in sys.argv[1:5])
 token, told = sys.argv.pop(), int(sys.argv.pop())
 try:
@@ -50,8 +50,8 @@ for limit, value in (
     except (ValueError, OSError):
         pass
 source = sys.stdin.read()
-names = {"__name__": "program"}
-exec(compile(source, "program", "exec"), names)
+module = sys.modules["program"] = types.ModuleType("program")  # where dataclasses look names up
+exec(compile(source, "program", "exec"), module.__dict__)
 os.write(told, token.encode())
 """
 

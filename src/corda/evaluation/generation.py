@@ -172,8 +172,9 @@ def generate(
 def normalise(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces.
 
-    A number keeps its sign, its decimal point and its slash, and loses its separators.
+    A number keeps its sign, its decimal point and its slash, and loses its separators; .5 is 0.5.
     """
+    text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     text = re.sub(r"(?<![\w)])[-−](?=\d)", " minus ", text)
     text = re.sub(rf"(?!(?<=\d)[./](?=\d))[{re.escape(string.punctuation)}]", " ", text.lower())

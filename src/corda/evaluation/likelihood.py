@@ -94,6 +94,8 @@ def perplexity(
 ) -> Score:
     """exp of the mean loss per token of the joined texts, cut into windows; n is the number of windows.
 
+    Texts follow each other as they are given, with a line break between two where neither has white space there.
+
     Each window's first token does not count: it has no context, or is the mark that the tokenizer begins any text with,
     which then begins every window. The standard error is that of the loss, times the perplexity.
 
@@ -106,7 +108,10 @@ def perplexity(
         window: Tokens per window.
         progress: Shows how far it is.
     """
-    text = "".join(record.response for record in records)
+    text = ""
+    for record in records:
+        apart = not text or text[-1].isspace() or record.response[:1].isspace()
+        text += record.response if apart else f"\n{record.response}"
     ids = encode_segments([Segment(text, True)], tokenizer).ids
     # Models that were trained with that mark need it in front of any text.
     first = ids[:1] if adds_bos(tokenizer_of(tokenizer)) else ()
@@ -149,7 +154,7 @@ def choice_accuracy(
     prompt: str = "{context}",
     progress: Progress = silent,
 ) -> Score:
-    """Share of records whose right choice has the highest likelihood per byte (lm-eval's acc_norm).
+    """Share of records whose right choice has the highest likelihood per byte (lm-eval's acc_bytes).
 
     Where the context has one gap, a "_" by itself with words behind it (WinoGrande), each choice is put into it and
     what follows the gap is scored.
