@@ -241,6 +241,9 @@ def test_controls_are_settings(model, both, directions, mode):
     A, B = plan.factors[name], other.factors[name]
     assert A[0].shape == B[0].shape
     assert not torch.allclose(A[0], B[0], atol=1e-2)
+    if mode == "contrast":  # the task has something in each, whatever the directions were ordered by
+        assert not [layer.name for layer in plan.layers if layer.dead]
+        assert not [note for note in plan.warnings if "the task has nothing" in note]
     if directions == "task" and mode == "contrast":
         values = torch.linalg.eigvalsh(tradeoff.unit_trace(both.side("learn").covariance(name, 0)))
         assert plan.layers[0].theta == pytest.approx((float(values[-1]), float(values[-4])), rel=1e-6)

@@ -222,13 +222,15 @@ class Passes:
                 pi = compactness(metric.C, spec.d_out, damp=damp, scale=scale, extremes=extremes())
         except ValueError as error:
             raise PlanError("the compactness of a layer cannot be had", where=spec.name, got=error) from None
+        of_spectrum = options.compactness_of == "WC"
         if pi.log_pi <= 0:
             raise PlanError(
                 "log π is not positive, so that scores cannot be compared",
                 where=spec.name,
-                got=f"log π = {pi.log_pi:.3g} at compactness_scale {options.compactness_scale}",
+                got=f"log π = {pi.log_pi:.3g} "
+                + ("of the spectrum of W C" if of_spectrum else f"at compactness_scale {options.compactness_scale}"),
                 expected="log π > 0",
-                fix="set adapter.compactness_scale: unit",
+                fix=f"set adapter.compactness_{'of: C' if of_spectrum else 'scale: unit'}",
             )
         return pi
 

@@ -16,7 +16,7 @@ from corda.recipe import AdapterOptions
 from corda.targets import LayerSpec
 
 _SPECTRA_LIMIT = 2048  # beyond this width the report does without the two covariances' own spectra
-_NOTHING = 1e-9  # of the largest θ
+_NOTHING = 1e-9  # of the largest energy
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,10 @@ def _weighed(
 ) -> Weighed:
     r = layer.rank
     values = best.values[:r]
-    empty = int((values <= _NOTHING * best.values.abs().max()).sum()) if layer.dead == 0 else layer.dead
+    # Not every kind of direction is ordered by the task; what has nothing of it has no energy there.
+    own = best.vectors[:, :r].to(T)
+    of_task = (own * (T @ own)).sum(0)
+    empty = int((of_task <= _NOTHING * T.diagonal().max()).sum()) if layer.dead == 0 else layer.dead
     layer = replace(
         layer,
         solver=best.path,
@@ -236,8 +239,7 @@ def _weighed(
         dead=empty,
     )
     theta = (best.values[:r] if best.spectrum is None else best.spectrum).float().cpu()
-    own = {name: values.clone() for name, values in spectra.items()}
-    return Weighed(layer, A.cpu(), B.cpu(), {"theta": theta.clone(), **own})
+    return Weighed(layer, A.cpu(), B.cpu(), {"theta": theta.clone(), **{k: v.clone() for k, v in spectra.items()}})
 
 
 def _own_spectra(T: Tensor, K: Tensor) -> dict[str, Tensor]:
