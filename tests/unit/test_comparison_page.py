@@ -11,7 +11,7 @@ import pytest
 from corda.comparing.conclusions import conclusions
 from corda.comparing.study import parse_study
 from corda.report.bent import Bent
-from corda.report.comparison import _plain, write_comparison
+from corda.report.comparison import _plain, best_table, write_comparison
 from corda.report.front import convergence, learning_forgetting
 from corda.report.metered import drift_against_rise
 
@@ -164,14 +164,52 @@ def test_a_share_of_next_to_nothing_is_given_as_a_difference(comparison: dict, t
 
 
 def test_equal_loss_is_one_table_with_the_details_folded_away(comparison: dict, tmp_path) -> None:
+    bounded = {"ratio": 0.4, "ratio_low": 0.2, "ratio_high": 0.7}
+    comparison["conclusions"]["differences"]["facts/answer_loss"]["kpm"] |= bounded
     comparison["conclusions"]["differences"]["choices/accuracy"]["kpm"] |= {"ratio": None, "difference": -0.03}
     write_comparison(comparison, tmp_path / "comparison.html")
     text = (tmp_path / "comparison.html").read_text()
-    found = comparison["conclusions"]["differences"]["facts/answer_loss"]["kpm"]
-    assert f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})" in text
+    assert ">0.40 (0.20 to 0.70)<" in text
     assert ">-0.030 (" in text
     assert "against LoRA" in text
     assert text.count("<summary>Differences") == 1
+
+
+def test_a_base_that_scored_nothing_has_no_share_to_retain(comparison: dict, tmp_path) -> None:
+    """0 of an accuracy cannot be lost; NaN has no place in JSON, where it is null."""
+    keep = "choices/accuracy"
+    for run in comparison["runs"]:
+        run["retained"][keep] = None
+    for best in comparison["conclusions"]["best"].values():
+        best["scores"][keep]["retained"] = None
+    write_comparison(comparison, tmp_path / "comparison.html")
+    assert " (–)" in (tmp_path / "comparison.html").read_text()
+    best_table(comparison)
+
+
+def test_variants_of_a_methods_own_grid_are_told_apart(comparison: dict, tmp_path) -> None:
+    for run in [run for run in comparison["runs"] if run["method"] == "kpm"]:
+        other = copy.deepcopy(run)
+        other["curve"]["loss"] = [9.0, 9.0, 9.0]
+        run["variant"], other["variant"] = {"training.weight_decay": 0.01}, {"training.weight_decay": 0.1}
+        comparison["runs"].append(other)
+    comparison["conclusions"]["best"]["kpm"]["variant"] = {"training.weight_decay": 0.01}
+    [drawn] = [trace for trace in convergence(comparison).data if trace.name.startswith("CorDA-KPM")]
+    assert max(drawn.y) < 9
+    write_comparison(comparison, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text()
+    for name in ("CorDA-KPM (weight_decay 0.01)", "CorDA-KPM (weight_decay 0.1)"):
+        assert name in text
+
+
+def test_the_error_of_a_perplexitys_rise_is_that_of_its_logarithm(comparison: dict) -> None:
+    keep = "stories/perplexity"
+    for run in comparison["runs"]:
+        run["rise_stderr"] = {keep: 0.01}
+    trace = next(t for t in learning_forgetting(comparison, keep).data if t.name == "LoRA" and t.mode == "markers")
+    bent = Bent.of([0.01] * 3)
+    rise = math.log(AFTER["lora"][0][2] / BASE["stories"])
+    assert trace.error_y.array[0] == pytest.approx(bent(rise + 0.01) - bent(rise))
 
 
 def with_validation(comparison: dict, lora: list[float], kpm: list[float]) -> dict:

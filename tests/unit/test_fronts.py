@@ -73,24 +73,89 @@ def test_limits_of_one_seed_come_from_the_records_paired():
     expected = math.sqrt(sum(x * x for x in own) * 50 / 49)
     assert found["stderr_records"] == pytest.approx(expected)  # what the records share cancels
     assert found["stderr_seeds"] is None
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * expected)
+    assert found["high"] - found["low"] == pytest.approx(2 * quantile(49) * expected)
 
 
 def test_a_ratio_has_limits_of_its_own():
     """Seeds that forget more or less with both methods alike say little of the difference and much of the ratio."""
-    levels = (1.0, 2.0, 4.0)
+    levels = (1.0, 1.3, 1.6)
     one = {s: line(0.0, [1.0, 2.0], 0.3 * level) for s, level in enumerate(levels)}
     two = {s: line(0.0, [1.0, 2.0], level) for s, level in enumerate(levels)}
     found = compared(one, two)
     assert found["ratio"] == pytest.approx(0.3)
     assert found["ratio_low"] == pytest.approx(0.3)
     assert found["ratio_high"] == pytest.approx(0.3)
-    assert found["high"] > 0
-    # One seed alone: what is left is the spread over records of first - ratio x second, over the second.
-    pulls = [tuple(x * 0.01 for x in some) for some in ((3.0, -1.0, -2.0), (5.0, 5.0, -10.0))]
-    found = compared({0: line(0.0, [1.0, 2.0], 0.5, pulls[0])}, {0: line(0.0, [1.0, 2.0], 2.0, pulls[1])})
-    spread = math.sqrt(sum((a - 0.25 * b) ** 2 for a, b in zip(*pulls, strict=True)) * 3 / 2)
-    assert found["ratio_high"] == pytest.approx(0.25 + 1.96 * spread / 2.0)
+    assert found["high"] - found["low"] > 0.5
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_limits_of_a_ratio_are_the_factors_at_which_nothing_is_left_of_the_difference(seeds):
+    generator = random.Random(seeds)
+    one, two = {}, {}
+    for seed in range(seeds):
+        rise = 2.0 + generator.gauss(0, 0.2)
+        pulls = [tuple(generator.gauss(0, 0.02) for _ in range(30)) for _ in range(2)]
+        one[seed] = line(0.0, [1.0, 2.0], 0.3 * rise + generator.gauss(0, 0.05), pulls[0])
+        two[seed] = line(0.0, [1.0, 2.0], rise, pulls[1])
+
+    def half(factor):
+        rises = [(one[s][0].rise, two[s][0].rise) for s in one]
+        over_seeds = np.std([a - factor * b for a, b in rises], ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0
+        joint = [
+            sum(one[s][0].pulls[i] - factor * two[s][0].pulls[i] for s in one) / seeds for i in range(30)
+        ]  # a line's two points pull alike
+        over_records = math.sqrt(sum(x * x for x in joint) * 30 / 29)
+        seed_part = quantile(seeds - 1) * over_seeds if seeds > 1 else 0.0
+        return math.hypot(seed_part, quantile(29) * over_records)
+
+    found = compared(one, two)
+    assert found["ratio_low"] < found["ratio"] < found["ratio_high"]
+    for factor in (found["ratio_low"], found["ratio_high"]):
+        assert abs(found["rise"] - factor * found["reference_rise"]) == pytest.approx(half(factor), rel=1e-6)
+
+
+def test_a_ratio_has_no_limits_where_the_other_rise_is_not_told_from_none():
+    """Seeds between 0.02 and 0.9: Student's t with two degrees of freedom puts 0 well inside."""
+    rises = (0.02, 0.3, 0.9)
+    one = {s: line(0.0, [1.0, 2.0], 0.4 * rise + 0.01 * s) for s, rise in enumerate(rises)}
+    found = compared(one, {s: line(0.0, [1.0, 2.0], rise) for s, rise in enumerate(rises)})
+    assert found["ratio"] > 0
+    assert "ratio_low" not in found
+    assert found["low"] < found["difference"] < found["high"]
+
+
+def test_limits_are_unknown_where_neither_seeds_nor_records_give_one():
+    found = compared({0: line(0.0, [1.0, 2.0], 0.5)}, {0: line(0.0, [1.0, 2.0], 2.0)})
+    assert found["difference"] == pytest.approx(-1.5)
+    assert found["low"] is None
+    assert found["high"] is None
+    assert "ratio_low" not in found
+
+
+def test_records_that_seeds_drew_apart_are_not_paired_by_their_place():
+    """The same records in another order: as if every seed had measured others, the error would halve over four."""
+    generator = random.Random(4)
+    own = [generator.gauss(0, 0.01) for _ in range(200)]
+    one, two = {}, {}
+    for seed in range(4):
+        shuffled = tuple(generator.sample(own, len(own)))
+        one[seed], two[seed] = line(0.0, [1.0, 2.0], 0.5, shuffled), line(0.0, [1.0, 2.0], 2.0, (0.0,) * 200)
+    whole = math.sqrt(sum(x * x for x in own) * 200 / 199)
+    assert compared(one, two, drawn=True)["stderr_records"] == pytest.approx(whole)
+    assert compared(one, two)["stderr_records"] < 0.7 * whole
+
+
+def test_what_is_missing_is_named():
+    one = line(0.0, [1.0, 2.0], 0.5)
+    assert compared({0: one}, {1: one})["why"] == "no seed at which both have a finished run"
+    assert compared({0: one}, {0: []})["why"] == "no seed at which both have a finished run"
+
+
+def test_quantiles_of_students_t():
+    from scipy.stats import t
+
+    for freedom in (1, 2, 5, 10, 11, 12, 20, 59, 400):
+        assert quantile(freedom) == pytest.approx(float(t.ppf(0.975, freedom)), abs=1e-3)
 
 
 def test_the_bases_spread_over_records_is_no_part_of_a_ratios_error():
@@ -120,7 +185,8 @@ def test_seeds_may_have_other_numbers_of_records():
     one = {0: line(0.0, [1.0, 2.0], 0.5, few), 1: line(0.0, [1.0, 2.0], 0.5, many)}
     two = {0: line(0.0, [1.0, 2.0], 2.0, few), 1: line(0.0, [1.0, 2.0], 2.0, many)}
     assert compared(one, two)["stderr_records"] == 0.0
-    assert compared({k: one[k] for k in (1, 0)}, two)["ratio_high"] > 0.25
+    one[1] = line(0.0, [1.0, 2.0], 0.5, tuple(x + y for x, y in zip(many, (0.01, 0.0, -0.01), strict=True)))
+    assert compared({k: one[k] for k in (1, 0)}, two)["stderr_records"] > 0
 
 
 def test_there_is_no_ratio_to_a_method_that_forgets_nothing():

@@ -64,6 +64,8 @@ def test_the_priority_list_comes_first_and_every_cell_once(raw):
     assert len(order) == len(set(order)) == 12
     with pytest.raises(RecipeError, match="priority list names a method"):
         parse_study(raw | {"priority": [{"methods": ["pissa"]}]})
+    with pytest.raises(RecipeError, match=r"a seed that the study has not.*7"):
+        parse_study(raw | {"priority": [{"seeds": [7]}]})
 
 
 def test_a_cell_has_the_shared_recipe_and_its_own_settings(raw):

@@ -20,7 +20,7 @@ from corda.comparing import fairness
 from corda.comparing.cell import finished, finite, run_cell
 from corda.comparing.choosing import choose, further
 from corda.comparing.conclusions import conclusions
-from corda.comparing.fronts import retained
+from corda.comparing.fronts import error, pulls, retained
 from corda.comparing.methods import method
 from corda.comparing.study import Cell, Study, cells
 from corda.errors import RecipeError
@@ -273,7 +273,7 @@ def _extensions(study: Study, results: dict[Cell, dict[str, Any]]) -> list[Cell]
     more = []
     for name in study.methods:
         own = [cell for cell in results if cell.name == name and results[cell]["status"] != "unavailable"]
-        if {cell.learning_rate for cell in own if not cell.extension} != set(study.rates(name)):
+        if not {cell.learning_rate for cell in own if not cell.extension} >= set(study.rates(name)):
             continue  # the grid itself is not run yet
         best = choose([results[cell] for cell in own], study.development)
         if best is None or best.inside:
@@ -288,8 +288,10 @@ def _published(study: Study, run: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's results without what only conclusions need, with what is retained of each kept score."""
     kept = {k: v for k, v in run.items() if k not in {"influence", "influence_before", "fingerprint"}}
     after, before = run["scores"].get("after", {}), run["scores"].get("before", {})
-    share = {m: retained(m, before[m]["value"], after[m]["value"]) for m in study.keep if m in after}
-    return kept | {"retained": share}
+    measured = [m for m in study.keep if m in after]
+    share = {m: retained(m, before[m]["value"], after[m]["value"]) for m in measured}
+    errors = {m: error(of_records) for m in measured if len(of_records := pulls(run, m)) > 1}
+    return kept | {"retained": share, "rise_stderr": errors}
 
 
 def _without_places(raw: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _best(study: Study, runs: Runs, choice: Choice | None) -> dict[str, Any]:
 def _differences(study: Study, by_method: Mapping[str, Runs], keep: str, against: str) -> dict[str, Any]:
     reference = _by_seed(by_method.get(against, ()), study.learn, keep)
     return {
-        name: compared(_by_seed(own, study.learn, keep), reference)
+        name: compared(_by_seed(own, study.learn, keep), reference, drawn=study.draws(keep))
         for name, own in by_method.items()
         if name != against
     }
@@ -139,4 +139,5 @@ def _is(run: Mapping[str, Any], choice: Choice) -> bool:
 
 
 def _name(run: Mapping[str, Any]) -> str:
-    return f"{run['method']}, learning rate {run['learning_rate']:g}, seed {run['seed']}"
+    parts = [run["method"], f"learning rate {run['learning_rate']:g}", f"seed {run['seed']}"]
+    return ", ".join([*parts, *(f"{key} {value}" for key, value in run["variant"].items())])

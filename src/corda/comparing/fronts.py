@@ -63,13 +63,23 @@ def points(runs: Sequence[Mapping[str, Any]], learn: str, keep: str) -> list[Poi
         before, after = run["scores"].get("before", {}), run["scores"].get("after", {})
         if run["status"] != "done" or learn not in after or keep not in after:
             continue
-        old, new = before[keep]["value"], after[keep]["value"]
         learnt = sign(learn) * after[learn]["value"]
-        first, second = (1 / old, 1 / new) if keep.endswith("/perplexity") else (sign(keep), sign(keep))
-        was, is_ = (run.get(name, {}).get(keep, ()) for name in ("influence_before", "influence"))
-        pulls = [second * p - first * q for p, q in zip(is_, was, strict=True)] if len(was) == len(is_) else ()
-        found.append(Point(learnt, rise(keep, old, new), run["learning_rate"], tuple(pulls)))
+        moved = rise(keep, before[keep]["value"], after[keep]["value"])
+        found.append(Point(learnt, moved, run["learning_rate"], pulls(run, keep)))
     return found
+
+
+def pulls(run: Mapping[str, Any], keep: str) -> tuple[float, ...]:
+    """How every retained record pulls a run's rise, through after and before; empty where that is unknown.
+
+    Args:
+        run: A cell's results, with what its records pull.
+        keep: "task/metric".
+    """
+    old, new = (run["scores"][side][keep]["value"] for side in ("before", "after"))
+    first, second = (1 / old, 1 / new) if keep.endswith("/perplexity") else (sign(keep), sign(keep))
+    was, is_ = (run.get(name, {}).get(keep, ()) for name in ("influence_before", "influence"))
+    return tuple(second * p - first * q for p, q in zip(is_, was, strict=True)) if len(was) == len(is_) else ()
 
 
 def front(some: Sequence[Point]) -> list[Point]:
@@ -125,21 +135,28 @@ def mean_over(curve: Sequence[Point], span: tuple[float, float]) -> Point:
     return Point((low + high) / 2, sum(p.rise for p in found) / len(found), math.nan, pulls)
 
 
-def compared(one: Mapping[int, Sequence[Point]], two: Mapping[int, Sequence[Point]]) -> dict[str, Any]:
+def compared(
+    one: Mapping[int, Sequence[Point]], two: Mapping[int, Sequence[Point]], *, drawn: bool = False
+) -> dict[str, Any]:
     """Mean difference of two methods' rises at equal task loss, paired by seed and by record, with 95 % limits.
 
-    The error has two parts: over seeds (Student's t), and over the retained records, paired.
+    The error has two parts, each with Student's t: over seeds, where there are several, and over the retained records,
+    paired. Limits are None where neither is known.
 
     Args:
         one: Seed -> the points of the first method.
         two: Seed -> those of the second.
+        drawn: Every seed drew retained records of its own, so that the n-th of two seeds are not the same one.
 
     Returns:
-        difference (first minus second; negative: the first forgets less), low, high, ratio of the rises with its own
-        limits, seeds and the range of task losses; or only `why` there is nothing to compare.
+        difference (first minus second; negative: the first forgets less), low, high, ratio of the rises, with limits
+        where they are bounded, seeds and the range of task losses; or only `why` there is nothing to compare.
     """
-    pulls, rises, spans = [], [], []
-    for seed in sorted(set(one) & set(two)):
+    common = sorted(seed for seed in set(one) & set(two) if one[seed] and two[seed])
+    if not common:
+        return {"why": "no seed at which both have a finished run", "seeds": 0}
+    pairs, rises, spans = [], [], []
+    for seed in common:
         a, b = front(one[seed]), front(two[seed])
         span = overlap(a, b)
         if span is None:
@@ -148,19 +165,19 @@ def compared(one: Mapping[int, Sequence[Point]], two: Mapping[int, Sequence[Poin
         rises.append((first.rise, second.rise))
         spans.append(span)
         if first.pulls and len(first.pulls) == len(second.pulls):
-            pulls.append(list(zip(first.pulls, second.pulls, strict=True)))
+            pairs.append(list(zip(first.pulls, second.pulls, strict=True)))
     if not rises:
-        return {"why": "the fronts do not overlap", "seeds": len(set(one) & set(two))}
+        return {"why": "the fronts do not overlap", "seeds": len(common)}
     seeds = len(rises)
     first_mean, second_mean = (sum(pair[side] for pair in rises) / seeds for side in (0, 1))
-    paired = pulls if len(pulls) == seeds else []
-    over_seeds, over_records, half = _limits(rises, paired, 1.0)
+    spread = _Spread(rises, pairs if len(pairs) == seeds else [], drawn)
+    difference, half = first_mean - second_mean, spread.half(1.0)
     found = {
-        "difference": first_mean - second_mean,
-        "low": first_mean - second_mean - half,
-        "high": first_mean - second_mean + half,
-        "stderr_seeds": over_seeds,
-        "stderr_records": over_records,
+        "difference": difference,
+        "low": None if half is None else difference - half,
+        "high": None if half is None else difference + half,
+        "stderr_seeds": spread.over_seeds(1.0),
+        "stderr_records": spread.over_records(1.0),
         "seeds": seeds,
         "rise": first_mean,
         "reference_rise": second_mean,
@@ -169,32 +186,90 @@ def compared(one: Mapping[int, Sequence[Point]], two: Mapping[int, Sequence[Poin
         "to": max(high for _, high in spans),
     }
     if second_mean > 0:
-        ratio = first_mean / second_mean
-        half = _limits(rises, paired, ratio)[2] / second_mean
-        found |= {"ratio": ratio, "ratio_low": ratio - half, "ratio_high": ratio + half}
+        found["ratio"] = first_mean / second_mean
+        limits = spread.ratio_limits(first_mean, second_mean)
+        if limits is not None:
+            found |= {"ratio_low": limits[0], "ratio_high": limits[1]}
     return found
 
 
-def _limits(
-    rises: Sequence[tuple[float, float]], pulls: Sequence[Sequence[tuple[float, float]]], factor: float
-) -> tuple[float | None, float | None, float]:
-    """Standard errors over seeds and records of the mean of first - factor x second, and half its 95 % range.
+class _Spread:
+    """Errors of the mean of first - factor x second over seeds and records.
 
-    At the ratio of both means this is that of the ratio times the second mean (delta method). Where seeds have other
-    numbers of records, they drew them apart, and records of one place are not the same ones.
+    Attributes:
+        rises: Of the first method and the second, by seed.
+        pulls: Of every record on both, by seed; empty where those of a seed are unknown.
+        drawn: Whether records of one place are other ones in every seed; seeds with other numbers of them drew apart.
     """
-    seeds = len(rises)
-    values = [a - factor * b for a, b in rises]
-    mean = sum(values) / seeds
-    over_seeds = math.sqrt(sum((v - mean) ** 2 for v in values) / (seeds - 1) / seeds) if seeds > 1 else None
-    over_records = None
-    if pulls and (n := max(map(len, pulls))) > 1:
-        joint = [sum(p[i][0] - factor * p[i][1] for p in pulls if i < len(p)) / seeds for i in range(n)]
-        over_records = math.sqrt(sum(p * p for p in joint) * n / (n - 1))
-    seed_part = 0.0 if over_seeds is None else quantile(seeds - 1) * over_seeds
-    return over_seeds, over_records, math.hypot(seed_part, 1.96 * (over_records or 0.0))
+
+    def __init__(
+        self, rises: Sequence[tuple[float, float]], pulls: Sequence[Sequence[tuple[float, float]]], drawn: bool
+    ) -> None:
+        self.rises, self.pulls = rises, pulls
+        self.drawn = drawn or len(set(map(len, pulls))) > 1
+
+    def over_seeds(self, factor: float) -> float | None:
+        """Standard error over seeds; None of a single one."""
+        values, seeds = [a - factor * b for a, b in self.rises], len(self.rises)
+        mean = sum(values) / seeds
+        return math.sqrt(sum((v - mean) ** 2 for v in values) / (seeds - 1) / seeds) if seeds > 1 else None
+
+    def over_records(self, factor: float) -> float | None:
+        """Standard error over records, None where it is unknown.
+
+        Records that every seed drew for itself may be the same ones, at other places: their errors then add up as if
+        all were, which is the most that they can be.
+        """
+        if not self.pulls or min(map(len, self.pulls)) < 2:
+            return None
+        own = [[a - factor * b for a, b in pairs] for pairs in self.pulls]
+        if self.drawn:
+            return sum(map(error, own)) / len(own)
+        return error([sum(of_record) / len(own) for of_record in zip(*own, strict=True)])
+
+    def half(self, factor: float) -> float | None:
+        """Half the 95 % range; None where no error is known."""
+        over_seeds, over_records = self.over_seeds(factor), self.over_records(factor)
+        if over_seeds is None and over_records is None:
+            return None
+        seed_part = 0.0 if over_seeds is None else quantile(len(self.rises) - 1) * over_seeds
+        record_part = 0.0 if over_records is None else quantile(min(map(len, self.pulls)) - 1) * over_records
+        return math.hypot(seed_part, record_part)
+
+    def ratio_limits(self, first: float, second: float) -> tuple[float, float] | None:
+        """Fieller's limits of first / second: every factor at which first - factor x second is within its range of 0.
+
+        None where they are not bounded, which is where the second mean is within its own range of 0.
+
+        Args:
+            first: Mean over seeds.
+            second: Mean over seeds.
+        """
+        halves = [self.half(factor) for factor in (-1.0, 0.0, 1.0)]
+        if None in halves:
+            return None
+        below, none, above = (half * half for half in halves if half is not None)
+        # half(f)² = none + f (above - below) / 2 + f² ((above + below) / 2 - none): the limits solve af² + bf + c = 0.
+        a = second**2 - ((above + below) / 2 - none)
+        b = -2 * first * second - (above - below) / 2
+        c = first**2 - none
+        if a <= 0:
+            return None
+        root = math.sqrt(max(b * b - 4 * a * c, 0.0))
+        return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def error(pulls: Sequence[float]) -> float:
+    """Standard error of a mean that records pull so far each; there are two of them or more."""
+    return math.sqrt(sum(p * p for p in pulls) * len(pulls) / (len(pulls) - 1))
 
 
 def quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t; 1.96 + 2.4 / df beyond 10 degrees of freedom, exact to 0.01."""
-    return _T[freedom - 1] if freedom <= len(_T) else 1.96 + 2.4 / freedom
+    """97.5 % quantile of Student's t; beyond 10 degrees of freedom the expansion in 1 / df, exact to 0.001.
+
+    Args:
+        freedom: Degrees of freedom.
+    """
+    return (
+        _T[freedom - 1] if freedom <= len(_T) else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2 + 2.556 / freedom**3
+    )

@@ -78,6 +78,16 @@ class Study(_Strict):
         """The grid of a method."""
         return sorted(self.methods[name].learning_rates or self.learning_rates)
 
+    def draws(self, metric: str) -> bool:
+        """Whether every seed draws the records of a task for itself.
+
+        Args:
+            metric: "task/metric".
+        """
+        tasks = _merged(self.base, self.overrides).get("evaluation", {}).get("tasks", {})
+        source = tasks.get(metric.rpartition("/")[0], {}).get("dataset")
+        return isinstance(source, dict) and source.get("max_records") is not None
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -156,6 +166,13 @@ def parse_study(raw: Mapping[str, Any], where: str = "study") -> Study:
                 where=f"{where}, priority.{position}",
                 got=", ".join(sorted(unknown)),
                 expected=", ".join(sorted(known)),
+            )
+        if others := sorted(set(step.seeds or ()) - set(study.seeds)):
+            raise RecipeError(
+                "the priority list names a seed that the study has not",
+                where=f"{where}, priority.{position}.seeds",
+                got=", ".join(map(str, others)),
+                expected=f"some of seeds: {study.seeds}",
             )
     return study
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from corda.report.front import convergence, costs, learning_forgetting
+from corda.report.front import convergence, costs, learning_forgetting, share
 from corda.report.html import cell, figure, row, section, table, write_document
 from corda.report.metered import metered_section
 
@@ -57,8 +57,9 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> None:
         section(
             "Forgetting at equal task loss",
             "<p>How much worse what is to be kept got, as a share of how much worse it got with another method at the "
-            "same task score, with 95 % limits over seeds and records. A difference, with its sign, stands where that "
-            "other method forgot too little for a share.</p>",
+            "same task score, with 95 % limits over seeds and records, of one seed over records alone. A difference, "
+            "with its sign, stands where that other method's own rise is not told from none: no limits hold a share "
+            "then.</p>",
             *[_at_equal_loss(comparison, other) for other in _references(comparison)],
         ),
         section(
@@ -86,14 +87,20 @@ def _best(comparison: Mapping[str, Any]) -> str:
         cells = [cell(f"{best['learning_rate']:g}{mark}"), cell(str(len(best["scores"][metrics[0]]["seeds"])))]
         for metric in metrics:
             score = best["scores"][metric]
-            kept = f" ({score['retained']:.1f} %)" if metric != study["learn"] else ""
+            kept = f" ({share(score['retained'])})" if metric != study["learn"] else ""
             cells.append(cell(f"{score['mean']:.4g}{kept}"))
-        rows.append(row(comparison["labels"][name], cells))
+        rows.append(row(_label(comparison, name, best["variant"]), cells))
     note = (
         "<p>In brackets what is retained of the base: of losses the probability per token, of other scores the score. "
         "Where the best rate is at the end of its grid, a better one may lie beyond, and nothing follows from it.</p>"
     )
     return note + table(["method", "learning rate", "seeds", *metrics], rows)
+
+
+def _label(comparison: Mapping[str, Any], name: str, variant: Mapping[str, Any]) -> str:
+    """A method's name, with what its own grid set."""
+    own = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in variant.items())
+    return f"{comparison['labels'][name]} ({own})" if own else str(comparison["labels"][name])
 
 
 def _references(comparison: Mapping[str, Any]) -> list[str]:
@@ -124,9 +131,14 @@ def _at_equal_loss(comparison: Mapping[str, Any], against: str) -> str:
 def _share(found: Mapping[str, Any]) -> str:
     if "why" in found:
         return str(found["why"])
-    if found["ratio"] is None or found["ratio_high"] - found["ratio_low"] > _TOO_WIDE:
-        return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    if "ratio_low" not in found or found["ratio_high"] - found["ratio_low"] > _TOO_WIDE:
+        return f"{found['difference']:+.3f} ({_limits(found, '+.3f')})"
     return f"{found['ratio']:.2f} ({found['ratio_low']:.2f} to {found['ratio_high']:.2f})"
+
+
+def _limits(found: Mapping[str, Any], form: str) -> str:
+    low, high = found["low"], found["high"]
+    return "no limits: one seed, one record" if low is None else f"{low:{form}} to {high:{form}}"
 
 
 def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
@@ -145,7 +157,7 @@ def _differences(comparison: Mapping[str, Any], keep: str, against: str) -> str:
                 label,
                 [
                     cell(f"{found['difference']:+.4f}"),
-                    cell(f"{found['low']:+.4f} to {found['high']:+.4f}"),
+                    cell(_limits(found, "+.4f")),
                     cell(ratio),
                     cell(f"{found['from']:.4g} to {found['to']:.4g}"),
                     cell(str(found["seeds"])),
@@ -237,7 +249,7 @@ def _runs(comparison: Mapping[str, Any]) -> str:
         values = [f"{after[m]['value']:.4g} ± {after[m]['stderr']:.2g}" if m in after else "–" for m in metrics]
         status = run["status"] if run["status"] != "unavailable" else f"unavailable: {run['reason']}"
         cells = [f"{run['learning_rate']:g}", str(run["seed"]), escape(status), *values]
-        rows.append(row(comparison["labels"][run["method"]], [cell(text) for text in cells]))
+        rows.append(row(_label(comparison, run["method"], run["variant"]), [cell(text) for text in cells]))
     empty = comparison["empty"]
     rest = f"<p>Not run: {escape(', '.join(empty))}.</p>" if empty else ""
     return table(["method", "learning rate", "seed", "status", *metrics], rows) + rest
@@ -262,8 +274,8 @@ def best_table(comparison: Mapping[str, Any]) -> Table:
             made.add_row(comparison["labels"][name], "–", "0", *["–"] * len(metrics))
             continue
         scores = [best["scores"][metric] for metric in metrics]
-        texts = [f"{s['mean']:.4g}" + (f" ({s['retained']:.1f} %)" if i else "") for i, s in enumerate(scores)]
+        texts = [f"{s['mean']:.4g}" + (f" ({share(s['retained'])})" if i else "") for i, s in enumerate(scores)]
         rate = f"{best['learning_rate']:g}" + ("" if best["inside"] else "*")
-        made.add_row(comparison["labels"][name], rate, str(len(scores[0]["seeds"])), *texts)
+        made.add_row(_label(comparison, name, best["variant"]), rate, str(len(scores[0]["seeds"])), *texts)
     made.caption = "In brackets what is retained of the base. * at the end of the grid: nothing follows from it"
     return made

@@ -53,7 +53,7 @@ def learning_forgetting(comparison: Mapping[str, Any], keep: str) -> go.Figure:
                 f"{html.escape(label)}<br>learning rate {run['learning_rate']:g}, seed {run['seed']}, "
                 f"{run['status']}<br>"
                 f"{html.escape(keep)}: {run['scores']['after'][keep]['value']:.4g}, base "
-                f"{run['scores']['before'][keep]['value']:.4g}, {run['retained'][keep]:.1f} % retained"
+                f"{run['scores']['before'][keep]['value']:.4g}, {share(run['retained'][keep])} retained"
                 for run in runs
             ]
             figure.add_scatter(
@@ -126,6 +126,8 @@ def _bars(
 
 def _error(run: Mapping[str, Any], keep: str) -> float:
     """Standard error of what was forgotten, paired with the base."""
+    if keep in run.get("rise_stderr", {}):
+        return float(run["rise_stderr"][keep])
     error: float = run["change"][keep]["stderr"]
     return error / run["scores"]["after"][keep]["value"] if keep.endswith("/perplexity") else error
 
@@ -162,10 +164,11 @@ def convergence(comparison: Mapping[str, Any]) -> go.Figure:
 
 
 def _at_best_rate(comparison: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    """A method's finished runs at its best rate."""
-    rate = comparison["conclusions"]["best"].get(name, {}).get("learning_rate")
+    """A method's finished runs at its best setting."""
+    best = comparison["conclusions"]["best"].get(name, {})
+    chosen = best.get("learning_rate"), best.get("variant", {})
     runs = (run for run in comparison["runs"] if run["method"] == name and run["status"] == "done")
-    return [run for run in runs if run["learning_rate"] == rate]
+    return [run for run in runs if (run["learning_rate"], run["variant"]) == chosen]
 
 
 def _mean_curve(runs: Sequence[Mapping[str, Any]], validated: bool) -> tuple[list[int], list[float]]:
@@ -213,6 +216,11 @@ def forgotten(run: Mapping[str, Any], keep: str) -> float:
     """
     before, after = (run["scores"][side][keep]["value"] for side in ("before", "after"))
     return rise(keep, before, after)
+
+
+def share(percent: float | None) -> str:
+    """What is retained, in %; nothing is left of a base that scored 0."""
+    return "–" if percent is None or math.isnan(percent) else f"{percent:.1f} %"
 
 
 def axis(metric: str) -> str:
