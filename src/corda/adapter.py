@@ -63,6 +63,30 @@ class _ExactSaving:
             save_file(state, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             config.save_pretrained(str(save_directory))
 
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As PeftModel.add_adapter; one with the trained adapter's own config is a copy of it, as TRL's references are.
+
+        Raises:
+            AdapterError: a copy where stacked experts are adapted.
+        """
+        model: Any = self
+        above: Any = super()
+        copied = peft_config is model.peft_config.get(TRAINED) and INITIAL in model.peft_config
+        if copied and peft_config.target_parameters:
+            raise AdapterError(
+                "adapters on stacked experts are not copied as a reference",
+                where=adapter_name,
+                fix="give the trainer a reference model of its own, or mode contrast, or base: residual",
+            )
+        above.add_adapter(adapter_name, peft_config, *args, **kwargs)
+        if not copied:
+            return
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and TRAINED in module.lora_A:
+                _fill(module, adapter_name, (module.lora_A[TRAINED].weight, module.lora_B[TRAINED].weight))
+                if TRAINED in module.lora_variant:
+                    module.lora_variant[adapter_name] = module.lora_variant[TRAINED]
+
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PeftModel.load_adapter; a folder saved by this class restores the trained half of its factors."""
         path = Path(model_id) / SAFETENSORS_WEIGHTS_NAME
@@ -231,6 +255,7 @@ def _materialise(module: Any, name: str) -> bool:
     return bool(parts)
 
 
+@torch.no_grad()
 def _fill(module: Any, name: str, factors: tuple[Tensor, Tensor]) -> None:
     _materialise(module, name)
     module.lora_A[name].weight.copy_(factors[0])

@@ -30,6 +30,15 @@ from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
 
 # Options that change how a context is collected or used, not what is in it; held_out counts where drift is metered.
+# Of the trainer's further fields, those that change neither what is learnt nor from what.
+_NOT_OF_A_TRAINING = {"run_name", "logging_first_step", "dataloader_num_workers", "dataloader_pin_memory"}
+_NOT_OF_A_TRAINING |= {"dataloader_persistent_workers", "dataloader_prefetch_factor", "per_device_eval_batch_size"}
+_NOT_OF_A_TRAINING |= {
+    "torch_empty_cache_steps",
+    "save_only_model",
+    "dataset_num_proc",
+    "gradient_checkpointing_kwargs",
+}
 _NOT_OF_A_CONTEXT = {"batch_size", "stream", "offload", "covariances", "selection", "held_out"}
 
 
@@ -160,7 +169,8 @@ class Inputs:
         excluded |= {"eval_steps"}
         if (r.training.model_extra or {}).get("load_best_model_at_end"):
             excluded -= {"save_steps"}  # what there is to choose from
-        settings = r.training.model_dump(mode="json", exclude=excluded)
+        settings = r.training.model_dump(mode="json", exclude=excluded | _NOT_OF_A_TRAINING)
+        settings["gradient_checkpointing"] = False  # the same numbers for less memory
         settings["records_per_step"] = size * gathered * world().size  # however they are shared out
         metered = context if r.metered else None
         learn, validation = identify(r.data.learn), identify(r.data.validation)

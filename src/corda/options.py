@@ -137,7 +137,9 @@ class ExportOptions(Strict):
 
 
 def number(value: Any) -> Any:
-    """The number that a text like 1e-8 means, which YAML 1.1 reads as a string; anything else as it is."""
+    """The number that a text like 1e-8 means, which YAML 1.1 reads as a string; in mappings too, all else as it is."""
+    if isinstance(value, dict):
+        return {key: number(one) for key, one in value.items()}
     if not isinstance(value, str) or not re.fullmatch(r"[-+]?[0-9.]+[eE][-+]?[0-9]+", value):
         return value
     return float(value)

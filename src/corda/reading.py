@@ -31,6 +31,9 @@ _SET_BY = {
 _NOT_OFFERED = {
     "packing": "records are not packed for training",
     "assistant_only_loss": "the loss is always that of answers, every answer of a conversation",
+    "push_to_hub": "it would publish checkpoints; export.push_to_hub publishes the adapter",
+    "chat_template_path": "put the template into the tokenizer's files, so that every stage sees it",
+    "eos_token": "put it into the tokenizer's files, so that every stage sees it",
 }
 # What other tools call it, or where it is looked for first.
 _ALSO_CALLED = {"data.test": "evaluation.tasks", "data.eval": "evaluation.tasks", "path": "dataset", "file": "dataset"}
@@ -248,6 +251,8 @@ def _unknown_training_keys(training: Mapping[str, Any]) -> list[str]:
     known = [*SFTConfig.__dataclass_fields__, *TrainingOptions.model_fields]
     ours = [f"'training.{key}' is set by {_SET_BY[key]}" for key in extra if key in _SET_BY]
     ours += [f"'training.{k}' is not offered: {why}" for k, why in _NOT_OFFERED.items() if training.get(k)]
+    if training.get("completion_only_loss") is False:
+        ours.append("'training.completion_only_loss: false' is not offered: give the records as `text` instead")
     return ours + [
         f"unknown key 'training.{key}'{_suggest(key, known)}" for key in extra if key not in (*known, *_SET_BY)
     ]

@@ -239,7 +239,7 @@ class TrainingOptions(BaseModel):
     @classmethod
     def _numbers(cls, value: object) -> object:
         """YAML 1.1 reads 1e-8 as a string."""
-        return {k: number(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return number(value)
 
 
 class Recipe(Strict):

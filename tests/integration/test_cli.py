@@ -207,6 +207,10 @@ def test_records_that_are_cut_are_counted_before_anything_runs(corda, raw_recipe
     code, out, _ = corda(*asked, "data.max_length=250")
     assert code == 0
     assert not [one for one in json.loads(out).get("warnings", []) if "training records" in one]
+    write_jsonl(data / "texts.jsonl", [{"text": f"Item {i} weighs {i} g."} for i in range(40)])
+    code, out, _ = corda("run", path, "--dry-run", "--json", "--set", "data.learn=texts.jsonl")
+    assert code == 0
+    assert [one for one in json.loads(out)["warnings"] if "no end mark" in one and "</s>" in one]
 
     def stopped(stages):
         raise CordaError("nothing is collected in this test")

@@ -388,6 +388,9 @@ def test_what_there_is_to_choose_from_counts_where_the_best_is_kept(raw_recipe, 
 
     assert key() == key(save_steps=2)
     assert key(load_best_model_at_end=True) != key(load_best_model_at_end=True, save_steps=2)
+    # what changes neither the data nor the arithmetic does not throw a training away
+    assert key() == key(gradient_checkpointing=True, run_name="again", dataloader_num_workers=2)
+    assert key() != key(weight_decay=0.1)
 
 
 @pytest.mark.parametrize(

@@ -430,3 +430,25 @@ def test_a_resized_vocabulary_is_saved_with_the_adapter(model, pico, context, tm
     reloaded = PeftModel.from_pretrained(fresh, str(tmp_path / "a")).eval()
     assert relative_difference(logits(reloaded), logits(wrapped.eval())) < 1e-5
     assert relative_difference(logits(wrapped), reference) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("mode", "base"), [("kpm", "intact"), ("ipm", "intact"), ("kpm", "residual"), ("contrast", None)]
+)
+def test_a_copy_of_the_adapter_is_the_reference_that_trl_makes_of_it(model, tokenizer, texts, mode, base):
+    """As DPOTrainer does: an adapter "ref" with the default one's config, its factors copied parameter by parameter."""
+    reference = logits(model)
+    context = collect(model, tokenizer, texts, learn=texts[::2])
+    plan = make_plan(model, context, rank=4, mode=mode)
+    adapted = attach(model, plan) if base is None else attach(model, plan, base=base)
+    perturb(adapted)
+    trained = logits(adapted.eval())
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    for name, parameter in adapted.named_parameters():
+        if ".default." in name:
+            adapted.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    adapted.set_adapter("ref")
+    assert relative_difference(logits(adapted), trained) < 1e-6
+    adapted.set_adapter("default")
+    assert torch.equal(logits(adapted), trained)
+    assert relative_difference(trained, reference) > 1e-3

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from corda.data.batches import Encoded, calibration_rounds, encode, load_records
 from corda.data.formats import to_records
 from corda.data.rendering import render
 from corda.data.sources import read_records
 from corda.errors import DataError
+from corda.evaluation.generation import prompt
 from corda.tasks import DataSource
 
 FORMS = {
@@ -36,6 +38,59 @@ def test_each_format_is_detected_and_marks_its_response(name, tokenizer):
     expected = {"qa": " Me</s>", "alpaca": "\nhello</s>", "prompt_completion": " 4</s>", "text": "Once upon a time"}
     expected |= {"messages": "Me</s>", "sharegpt": "Me</s>", "choice": " white</s>"}
     assert response == expected[name]
+
+
+def test_what_is_mapped_comes_before_what_the_data_calls_so():
+    one = {"question": "Who?", "short": "Me", "answer": "It was me, as I have said before."}
+    [record] = to_records([one], columns={"answer": "short"})
+    assert record.response == " Me"
+    talk = [{"role": "user", "content": "no"}, {"role": "assistant", "content": "no"}]
+    [record] = to_records(
+        [{"problem": "2 + 2?", "solution": "4", "messages": talk}],
+        columns={"question": "problem", "answer": "solution"},
+    )
+    assert record.response == " 4"
+
+
+def test_nothing_is_added_to_what_a_chat_template_gives(tokenizer):
+    """As apply_chat_template(tokenize=True) and servers have it; plain text has the tokenizer's first token."""
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    record = to_records([FORMS["qa"]])[0]
+    assert encode(record, tokenizer, template="plain").ids[0] == 1
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    assert rendered[0] != 1
+    assert list(encode(record, tokenizer, template="chat").ids) == rendered
+    asked = prompt(record, tokenizer, "chat").ids
+    assert list(asked) == rendered[: len(asked)]
+
+
+def test_a_conversation_may_begin_with_the_assistant(tokenizer):
+    said = [("gpt", "Hello."), ("human", "Who?"), ("gpt", "Me")]
+    [record] = to_records([{"conversations": [{"from": f, "value": v} for f, v in said]}])
+    segments = render(record, tokenizer, "plain")
+    assert [s.text for s in segments if s.response] == ["Me</s>"]
+    assert "".join(s.text for s in segments) == "<|assistant|>Hello.</s><|user|>Who?</s><|assistant|>Me</s>"
+    [alone] = to_records([{"conversations": [{"from": "gpt", "value": "Hello."}]}])
+    assert render(alone, tokenizer, "plain") == []
+    refusing = "{% if messages | length > 1 %}{{ messages[0]['content'] + 3 }}{% endif %}x"
+    tokenizer.chat_template = refusing.replace("{{ messages[0]['content'] + 3 }}", "{{ raise_exception('no') }}")
+    with pytest.raises(DataError, match="refuses a conversation"):
+        render(record, tokenizer, "plain")
+
+
+@pytest.mark.parametrize("name", ["lines.json", "marked.jsonl", "marked.json"])
+def test_json_as_other_tools_write_it(tmp_path, name):
+    lines = '{"question": "Who?", "answer": "Me"}\n{"question": "What?", "answer": "It"}\n'
+    text = lines if name != "marked.json" else f"[{','.join(lines.splitlines())}]"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig" if "marked" in name else "utf-8")
+    assert [r["answer"] for r in read_records(DataSource(dataset=str(tmp_path / name)))] == ["Me", "It"]
+
+
+def test_an_empty_cell_of_running_text_is_a_blank_line(tmp_path):
+    (tmp_path / "t.csv").write_text("id,text\n1,One.\n2,\n3,Three.\n")
+    records = to_records(read_records(DataSource(dataset=str(tmp_path / "t.csv"))))
+    assert [record.response for record in records] == ["One.", "Three."]
 
 
 def test_encoding_is_the_tokens_of_the_text(tokenizer):
@@ -257,6 +312,8 @@ def test_rounds_are_disjoint_and_seeded(data, tokenizer):
         ("Add 15, please!", "add 15 please", True),
         ("A well-known author.", "a well known author", True),
         ("**Bold** and/or plain", "bold and or plain", True),
+        ("काल", "किल", False),
+        ("😀", "😢", False),
     ],
 )
 def test_keys_keep_what_arithmetic_needs(one, other, same):

@@ -120,6 +120,9 @@ def test_blocks_that_are_merged_in_may_be_set_again(raw_recipe, tmp_path):
     [
         ({"training": {"packing": True}}, r"packing' is not offered"),
         ({"training": {"assistant_only_loss": True}}, r"is not offered: the loss is always that of answers"),
+        ({"training": {"push_to_hub": True}}, r"is not offered.*export\.push_to_hub"),
+        ({"training": {"eos_token": "</s>"}}, r"is not offered.*tokenizer's files"),
+        ({"training": {"completion_only_loss": False}}, r"is not offered: give the records as `text`"),
         ({"training": {"max_seq_length": 8}}, r"set by data\.max_length"),
         ({"training": {"activation_checkpointing": True}}, r"set by training\.gradient_checkpointing"),
         ({"model": "tiny"}, r"model: has keys of its own \(model_name_or_path"),

@@ -127,11 +127,22 @@ def encode(
         end: Whether the mark that ends an answer is added.
     """
     shown = [image for one in (*shots, record) for image in one.images]
-    return encode_segments(render(record, tokenizer, template, shots, end=end), tokenizer, max_length, shown)
+    segments = render(record, tokenizer, template, shots, end=end)
+    return encode_segments(segments, tokenizer, max_length, shown, bos=not by_chat_template(record, template))
+
+
+def by_chat_template(record: Record, template: Template) -> bool:
+    """Whether the tokenizer's chat template renders a record, which then begins with what the template gives alone."""
+    return not record.is_text and (template == "chat" or record.always_chat)
 
 
 def encode_segments(
-    segments: Sequence[Segment], tokenizer: Any, max_length: int | None = None, shown: Sequence[Any] = ()
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    max_length: int | None = None,
+    shown: Sequence[Any] = (),
+    *,
+    bos: bool = True,
 ) -> Encoded:
     """Token ids of segments, cut at the end to `max_length`; with a first token where the tokenizer adds one.
 
@@ -140,10 +151,11 @@ def encode_segments(
         tokenizer: Or a processor of images and text.
         max_length: In tokens.
         shown: The images that the text has marks for.
+        bos: False for text of a chat template, to which nothing is added.
     """
     if takes_images(tokenizer):
         inner = tokenizer_of(tokenizer)
-        if segments and adds_bos(inner) and not segments[0].text.startswith(str(inner.bos_token)):
+        if bos and segments and adds_bos(inner) and not segments[0].text.startswith(str(inner.bos_token)):
             segments = [Segment(f"{inner.bos_token}{segments[0].text}", segments[0].response), *segments[1:]]
         visual = images.Visual(tokenizer, tuple(segments), tuple(shown), max_length)
         found = images.tokens(visual)
@@ -153,7 +165,7 @@ def encode_segments(
     for index, segment in enumerate(segments):
         special = index == 0 and not segment.text.startswith(tokenizer.bos_token or "\0")
         pieces = _pieces(segment.text, tokenizer, behind=bool(ids))
-        if special and adds_bos(tokenizer):
+        if bos and special and adds_bos(tokenizer):
             ids.append(int(tokenizer.bos_token_id))
             response.append(False)
         ids += pieces

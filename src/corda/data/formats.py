@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +28,14 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("label",),  # beside one of the sets of fields in `labelled`
     "tagged": ("tokens",),  # beside one of the fields with tags
 }
-_ANSWERS = {"answer", "output", "completion"}
+_MAY_BE_NONE = {"answer", "output", "completion", "text"}  # such records are left out
 _LOG = logging.getLogger(__name__)
 _ALSO = {"classification": ("text",), "tagged": ("ner_tags",)}
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-# Words; an operator with a number or a single letter behind it; the point inside a number.
-_SAID = re.compile(r"\w+|[-+−*/=<>^%](?=\s*(?:\d|[^\W\d_]\b))|(?<=\d)\.(?=\d)")
+# Words, with their vowel signs and accents; emoji; an operator with a number or a single letter behind it; the point
+# inside a number.
+_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark)[0] == "M")
+_SAID = re.compile(rf"[\w{_MARKS}]+|[\U0001f000-\U0001faff]|[-+−*/=<>^%](?=\s*(?:\d|[^\W\d_]\b))|(?<=\d)\.(?=\d)")
 _ALPACA = "Below is an instruction that describes a task. Write a response that completes the request.\n\n"
 
 
@@ -108,7 +111,7 @@ def to_records(
     records: list[Record] = []
     unanswered: list[tuple[int, str]] = []
     for number, record in enumerate(mapped, start=1):
-        missing = [n for n in _FIELDS[format] if record.get(n) is None and not (n in _ANSWERS and n in record)]
+        missing = [n for n in _FIELDS[format] if record.get(n) is None and not (n in _MAY_BE_NONE and n in record)]
         if missing:
             wanted = f"format {format}: {', '.join(missing)}"
             raise _no_format(raw[number - 1], f"{where}, record {number}", wanted, known)
@@ -164,14 +167,16 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str], where: str, 
             fix="correct `columns`",
         )
     taken = {column: name for name, column in columns.items()}
-    return {taken.get(key, key): value for key, value in record.items()}
+    return {taken.get(key, key): value for key, value in record.items() if key in taken or key not in columns}
 
 
 def _detect(record: Mapping[str, Any], columns: Mapping[str, str], where: str, known: Sequence[str]) -> str:
-    for name in known:
+    # What the user maps counts for more than a format that the data would fit besides.
+    mapped = [name for name in known if set(columns) & {*_FIELDS[name], *_ALSO.get(name, ())}]
+    for name in mapped or known:
         if name == "qa" and record.get("choices") is not None:
             continue  # its answer is the number or letter of a choice
-        if all(record.get(f) is not None or (f in _ANSWERS and f in record) for f in _FIELDS[name]):
+        if all(record.get(f) is not None or (f in _MAY_BE_NONE and f in record) for f in _FIELDS[name]):
             return name
     inverse = {name: column for name, column in columns.items()}
     raise _no_format({inverse.get(k, k): v for k, v in record.items()}, where, "one of the known formats", known)
@@ -282,7 +287,7 @@ def _conversation(given: Sequence[tuple[str, Any]]) -> Record:
 
 
 def _running_text(record: Mapping[str, Any]) -> Record:
-    if isinstance(record["text"], str) and not record["text"].strip():
+    if record["text"] is None or (isinstance(record["text"], str) and not record["text"].strip()):
         raise _BlankError
     return Record("", _text(record["text"], "text"), is_text=True)
 

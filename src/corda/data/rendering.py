@@ -77,7 +77,8 @@ def render(
         )
     turns = [turn for shot in shots for turn in shot.turns] + list(record.turns)
     first = len(turns) - len(record.turns)
-    if "assistant" not in {role for role, _ in turns[first:]}:
+    # What an assistant says before anybody has asked is context, as in many ShareGPT conversations.
+    if "assistant" not in {role for role, _ in turns[max(first, 1) :]}:
         return []
     chat = _Chat(tokenizer, turns, visual=visual, marked=marked)
     segments = _turn_by_turn(chat, first, end=end) or _as_a_whole(chat, first, end=end)
@@ -110,7 +111,7 @@ class _Chat:
             own["chat_template"] = _A_DAY + template
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asked, **own))
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             roles = ", ".join(role for role, _ in self.turns[:count])
             raise DataError(
                 "the chat template refuses a conversation",
@@ -135,7 +136,7 @@ def _turn_by_turn(chat: _Chat, first: int, *, end: bool) -> list[Segment]:
     segments: list[Segment] = []
     done = ""
     for index, (role, content) in enumerate(chat.turns):
-        if role != "assistant" or index < first:
+        if role != "assistant" or index < max(first, 1):
             continue
         before, after = chat.text(index, asked=True), chat.text(index + 1)
         if not before.startswith(done) or not after.startswith(before):
@@ -189,7 +190,7 @@ def _as_a_whole(chat: _Chat, first: int, *, end: bool) -> list[Segment]:
     prompt = ""
     for index, content in enumerate(contents):
         prompt += between[index]
-        if chat.turns[index][0] != "assistant" or index < first:
+        if chat.turns[index][0] != "assistant" or index < max(first, 1):
             prompt += content
             continue
         closing = chat.common(between[index + 1], between[-1])

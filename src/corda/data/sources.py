@@ -109,8 +109,10 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         return _read_jsonl(path)
     if path.suffix == ".json":
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+                return _read_jsonl(path)  # as Dataset.to_json writes it
             raise DataError("the data file is not JSON", where=str(path), got=str(error)) from None
         if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
             raise DataError("the data file is not a list of objects", where=str(path), got=type(value).__name__)
@@ -151,7 +153,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8-sig") as stream:
         try:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from corda.data.batches import Encoded, encode_segments, pad_id, padded
+from corda.data.batches import Encoded, by_chat_template, encode_segments, pad_id, padded
 from corda.data.formats import Record
 from corda.data.rendering import Segment, Template, render
 from corda.evaluation.scores import Score, mean
@@ -108,7 +108,8 @@ def prompt(record: Record, tokenizer: Any, template: Template, shots: Sequence[R
     """
     text = "".join(segment.text for segment in render(record, tokenizer, template, shots)[:-1])
     shown = [image for one in (*shots, record) for image in one.images]
-    return encode_segments([Segment(text, False)], tokenizer, shown=shown)
+    chat = by_chat_template(record, template)
+    return encode_segments([Segment(text, False)], tokenizer, shown=shown, bos=not chat)
 
 
 @torch.no_grad()

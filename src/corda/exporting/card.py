@@ -173,7 +173,11 @@ def license_of(model: str) -> str | None:
 
 
 def _is_path(name: str) -> bool:
-    return Path(name).exists() or Path(name).is_absolute() or name.endswith((".gguf", ".json", ".jsonl", ".csv"))
+    return (
+        Path(name).exists()
+        or Path(name).is_absolute()
+        or name.endswith((".gguf", ".json", ".jsonl", ".csv", ".parquet"))
+    )
 
 
 def _what_it_is(options: ExportOptions) -> str:

@@ -110,10 +110,16 @@ class Text(Kind):
         return training.text_trainer(model, learnt, folder, validation, **own)
 
     def notes(self) -> list[str]:
-        """How many of some training records are cut, where that is one in twenty, or an answer is lost by it."""
+        """Training texts that do not end, and records that are cut: one in twenty, or before their answer."""
         if takes_images(self.tokenizer):
             return []
-        data, looked = self.recipe.data, _some(self.learn_records)
+        looked, mark = _some(self.learn_records), str(tokenizer_of(self.tokenizer).eos_token)
+        endless = bool(looked) and all(r.is_text and not r.response.rstrip().endswith(mark) for r in looked)
+        end = f"training texts have no end mark: for the model to learn where to stop, end them with {mark}"
+        return [*([end] if endless else []), *self._cut(looked)]
+
+    def _cut(self, looked: Sequence[Record]) -> list[str]:
+        data = self.recipe.data
         longest = min(x for x in (data.max_length, self.positions) if x is not None)
         made = [encode(one, self.tokenizer, template=data.template, max_length=longest + 1) for one in looked]
         cut = [one for one in made if len(one) > longest]
@@ -149,7 +155,9 @@ class Text(Kind):
             r.training, r.output_dir / "checkpoints", r.seed, device, validated=r.data.validation is not None
         )
         for records in used.values():
-            for record in _some(records):
+            # A chat template may refuse an order of roles that only a few records have.
+            orders = {tuple(role for role, _ in record.turns): record for record in records}
+            for record in (*_some(records), *orders.values()):
                 render(record, self.tokenizer, r.data.template)
         if takes_images(self.tokenizer):
             self._check_images(used)
