@@ -30,16 +30,11 @@ from corda.recipe import Recipe
 from corda.targets import LayerSpec, find_targets
 
 # Options that change how a context is collected or used, not what is in it; held_out counts where drift is metered.
+_NOT_OF_A_CONTEXT = {"batch_size", "stream", "offload", "covariances", "selection", "held_out"}
 # Of the trainer's further fields, those that change neither what is learnt nor from what.
 _NOT_OF_A_TRAINING = {"run_name", "logging_first_step", "dataloader_num_workers", "dataloader_pin_memory"}
-_NOT_OF_A_TRAINING |= {"dataloader_persistent_workers", "dataloader_prefetch_factor", "per_device_eval_batch_size"}
-_NOT_OF_A_TRAINING |= {
-    "torch_empty_cache_steps",
-    "save_only_model",
-    "dataset_num_proc",
-    "gradient_checkpointing_kwargs",
-}
-_NOT_OF_A_CONTEXT = {"batch_size", "stream", "offload", "covariances", "selection", "held_out"}
+_NOT_OF_A_TRAINING |= {"dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps"}
+_NOT_OF_A_TRAINING |= {"save_only_model", "dataset_num_proc", "gradient_checkpointing_kwargs"}
 
 
 class Inputs:
