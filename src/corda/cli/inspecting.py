@@ -75,7 +75,10 @@ def inspect_adapter(
 
 @inspect.command("coverage")
 def inspect_coverage(recipe: RecipeFile, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Show how much of the retained sets' energy a plan protects; collects and plans first where that is not done."""
+    """Show how much of the retained sets' energy a plan protects.
+
+    Collects and plans first where that is not done.
+    """
     from corda.covering import covered
     from corda.report.table import coverage_table
 
