@@ -67,12 +67,12 @@ class _ExactSaving:
         """As PeftModel.add_adapter; one with the trained adapter's own config is a copy of it, as TRL's references are.
 
         Raises:
-            AdapterError: a copy where stacked experts are adapted.
+            AdapterError: a copy where stacked experts are adapted in the intact form.
         """
         model: Any = self
         above: Any = super()
-        copied = peft_config is model.peft_config.get(TRAINED) and INITIAL in model.peft_config
-        if copied and peft_config.target_parameters:
+        copied = peft_config is model.peft_config.get(TRAINED)
+        if copied and any(isinstance(module, parameters.ParameterDifference) for module in model.modules()):
             raise AdapterError(
                 "adapters on stacked experts are not copied as a reference",
                 where=adapter_name,

@@ -505,3 +505,21 @@ def test_the_residual_form_rounds_16_bit_parameters_once(tokenizer, texts):
         after = wrapper.get_param()
         for expert, (A, B) in update_of(wrapper, "initial").items():
             assert torch.equal(after[expert], (before[name][expert] - B @ A).bfloat16())
+
+
+@pytest.mark.parametrize("base", ["intact", "residual"])
+def test_a_copy_as_trls_reference(base, tokenizer, texts):
+    """Right in the residual form; in the intact form refused, because a copy of a parameter's adapter has no start."""
+    model = make("mixtral")
+    plan = make_plan(model, context_of(model, tokenizer, texts, ["gate_up_proj"]), rank=2, mode="kpm")
+    adapted = attach(model, plan, base=base)
+    move(adapted)
+    trained = logits(adapted.eval())
+    if base == "intact":
+        with pytest.raises(AdapterError, match=r"not copied as a reference.*residual"):
+            adapted.add_adapter("ref", adapted.peft_config["default"])
+        assert torch.equal(logits(adapted), trained)
+        return
+    adapted.add_adapter("ref", adapted.peft_config["default"])
+    adapted.set_adapter("ref")
+    assert relative_difference(logits(adapted), trained) < 1e-6

@@ -113,8 +113,8 @@ class Text(Kind):
         """Training texts that do not end, and records that are cut: one in twenty, or before their answer."""
         if takes_images(self.tokenizer):
             return []
-        looked, mark = _some(self.learn_records), str(tokenizer_of(self.tokenizer).eos_token)
-        endless = bool(looked) and all(r.is_text and not r.response.rstrip().endswith(mark) for r in looked)
+        looked, mark = _some(self.learn_records), tokenizer_of(self.tokenizer).eos_token
+        endless = mark and looked and all(r.is_text and not r.response.rstrip().endswith(mark) for r in looked)
         end = f"training texts have no end mark: for the model to learn where to stop, end them with {mark}"
         return [*([end] if endless else []), *self._cut(looked)]
 
